@@ -1,0 +1,90 @@
+"""One self-contained safetensors file: PEFT's tensor names, everything else in the metadata.
+
+Metadata keys, each a JSON text: `lora_export.schema` (1), `lora_export.config` (the fields of
+PEFT's adapter_config.json), `lora_export.base` (id, revision, architecture, fingerprint),
+`lora_export.labels` (list of names by class index), `lora_export.training` (provenance).
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export import peft_names, storage
+from lora_export.errors import InputError
+from lora_export.records import Adapter, BaseRef, Fingerprint
+
+SCHEMA = 1
+_KEY = "lora_export."
+
+
+def detect(path: Path) -> bool:
+    """Return whether `path` is a file with our metadata."""
+    try:
+        return path.is_file() and f"{_KEY}config" in storage.read_header(path)[1]
+    except InputError:
+        return False
+
+
+def read(path: Path) -> Adapter:
+    """Return the adapter in the file at `path`.
+
+    Raises:
+        InputError: the file is damaged, from a newer version, or holds what cannot be merged.
+    """
+    infos, metadata = storage.read_header(path)
+    schema = _json(metadata, "schema", path, None)
+    if schema != SCHEMA:
+        raise InputError(f"{path}: adapter schema {schema!r}; this version reads {SCHEMA}")
+    config = _json(metadata, "config", path, {})
+    base = _json(metadata, "base", path, {})
+    if not isinstance(config, dict) or not isinstance(base, dict):
+        raise InputError(f"{path}: the metadata is damaged")
+    tensors = {name: info.array() for name, info in infos.items()}
+    modules, replaced, variant = peft_names.read(tensors, config, str(path))
+    return Adapter(
+        modules=modules,
+        replaced=replaced,
+        variant=variant,
+        dropout=float(config.get("lora_dropout") or 0.0),
+        task_type=config.get("task_type"),
+        base=_base(base, path),
+        labels=tuple(map(str, _json(metadata, "labels", path, []))),
+        training=_json(metadata, "training", path, {}),
+        format="native",
+        sha256=storage.sha256(path),
+    )
+
+
+def write(adapter: Adapter, path: Path) -> None:
+    """Write `adapter` to `path`; the same adapter gives the same bytes."""
+    values = {
+        "schema": SCHEMA,
+        "config": peft_names.config_of(adapter),
+        "base": dataclasses.asdict(adapter.base),
+        "labels": list(adapter.labels),
+        "training": dict(adapter.training),
+    }
+    metadata = {"format": "pt"}
+    metadata |= {_KEY + name: json.dumps(v, sort_keys=True) for name, v in values.items()}
+    tensors = peft_names.tensors_of(adapter)
+    storage.write_safetensors(
+        path, [storage.NewTensor.of(name, value) for name, value in tensors.items()], metadata
+    )
+
+
+def _json(metadata: Mapping[str, str], name: str, path: Path, default: Any) -> Any:
+    try:
+        return json.loads(metadata[_KEY + name]) if _KEY + name in metadata else default
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{path}: metadata {_KEY}{name} is not JSON") from error
+
+
+def _base(fields: Mapping[str, Any], path: Path) -> BaseRef:
+    try:
+        known = dict(fields)
+        mark = known.pop("fingerprint", None)
+        return BaseRef(**known, fingerprint=Fingerprint(**mark) if mark else None)
+    except TypeError as error:
+        raise InputError(f"{path}: metadata {_KEY}base is damaged: {error}") from error

@@ -1,0 +1,342 @@
+"""Put LoRA layers into a model, take them out, switch between adapters: all on one base in memory.
+
+The base's weights are never copied and never changed here.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_export import variants
+from lora_export.config import ALL_LINEAR, LoraConfig, matches, nearest, select
+from lora_export.errors import AdapterMismatch, InputError, listed
+from lora_export.lora import _LowRank, layer_class
+from lora_export.records import Adapter, Array, Factors
+from lora_export.storage import fingerprint
+
+LoraLayer = _LowRank
+_STATE = "_lora_export"
+
+
+@dataclass
+class _State:
+    """What must be put back when the adapter is taken off."""
+
+    trainable: dict[str, bool]  # requires_grad by parameter name
+    saved: tuple[str, ...]  # names of the parameters that are trained and stored whole
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    dropout: float = 0.0
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return the LoRA layers of `model` by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def heads(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the task head: children of a Hugging Face model beside its base model."""
+    backbone = getattr(model, "base_model", model)
+    shared = {id(parameter) for parameter in backbone.parameters()}
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if child is not backbone
+        and any(id(parameter) not in shared for parameter in child.parameters())
+    )
+
+
+def inject(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
+    """Replace the selected linear layers of `model`, in place; return their module paths.
+
+    All other parameters are frozen, but for those of `config.modules_to_save`.
+
+    Raises:
+        InputError: the model has LoRA layers already, or a pattern matches nothing; the message
+            names the nearest modules.
+    """
+    if lora_layers(model):
+        raise InputError("the model has LoRA layers already; detach or merge them first")
+    saved = _parameters_of(model, config.modules_to_save)
+    chosen = select(config, _candidates(model, config))
+    _refuse_bypassed(model, chosen)
+    layers = {
+        path: replace(config, rank=config.rank_of(path), alpha=config.alpha_of(path))
+        for path in chosen
+    }
+    _install(model, layers, saved, config.dropout)
+    return chosen
+
+
+def attach(model: nn.Module, adapter: Adapter) -> None:
+    """Make `adapter` the one that `model` computes with, in place of any other.
+
+    Only the low-rank pairs and the replaced tensors are copied; the base stays where it is. The
+    model comes back in its own mode, with the adapter's parameters trainable.
+
+    Raises:
+        AdapterMismatch: a module or tensor is missing in the model, or its shape differs. All
+            faults are listed, and the model is left as it was.
+    """
+    if faults := _misfits(model, adapter):
+        raise AdapterMismatch(listed("the adapter does not fit this model", faults))
+    detach(model)
+    layers = {
+        path: LoraConfig(pair.rank, pair.alpha, adapter.dropout, variant=adapter.variant)
+        for path, pair in adapter.modules.items()
+    }
+    _install(model, layers, tuple(adapter.replaced), adapter.dropout)
+    with torch.no_grad():
+        for path, layer in lora_layers(model).items():
+            layer.lora_A.copy_(_tensor(adapter.modules[path].a))
+            layer.lora_B.copy_(_tensor(adapter.modules[path].b))
+        for name, value in adapter.replaced.items():
+            model.get_parameter(name).copy_(_tensor(value))
+
+
+def detach(model: nn.Module) -> None:
+    """Take the LoRA layers out again: plain layers with the base's own bits, heads as they were."""
+    state = getattr(model, _STATE, None)
+    for path, layer in lora_layers(model).items():
+        if layer.is_merged:
+            layer.unmerge()
+        model.set_submodule(path, layer.plain())
+    if isinstance(state, _State):
+        with torch.no_grad():
+            for name, value in state.originals.items():
+                model.get_parameter(name).copy_(value)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(state.trainable.get(name, True))
+        delattr(model, _STATE)
+
+
+def extract(model: nn.Module) -> Adapter:
+    """Return the adapter that `model` holds at present, its values copied.
+
+    Raises:
+        InputError: the model has no LoRA layers, or a merged one, or several variants.
+    """
+    layers, state = lora_layers(model), getattr(model, _STATE, None)
+    if not layers or not isinstance(state, _State):
+        raise InputError("the model has no LoRA layers; call inject or load_adapter first")
+    kinds = {layer.variant for layer in layers.values()}
+    if any(layer.is_merged for layer in layers.values()):
+        raise InputError("the adapter is merged at present; call unmerge on its layers first")
+    if len(kinds) > 1:
+        raise InputError(f"the model mixes the variants {sorted(kinds)}; a file holds one")
+    return Adapter(
+        modules={
+            path: Factors(
+                _array(layer.lora_A), _array(layer.lora_B), layer.alpha, float(layer.scale)
+            )
+            for path, layer in layers.items()
+        },
+        replaced={name: _array(model.get_parameter(name)) for name in state.saved},
+        variant=kinds.pop(),
+        dropout=state.dropout,
+    )
+
+
+def describe(model: nn.Module, **about: Any) -> Adapter:
+    """Return the adapter that `model` holds, with `about` and the base's fingerprint filled in.
+
+    The fingerprint covers the base's weight of every adapted layer, as it is in memory.
+    """
+    adapter = replace(extract(model), **about)
+    architecture = adapter.base.architecture or type(model).__name__
+    mark = fingerprint(
+        (f"{path}.weight", *_bytes(layer.weight)) for path, layer in lora_layers(model).items()
+    )
+    base = replace(adapter.base, architecture=architecture, fingerprint=mark)
+    return replace(adapter, base=base)
+
+
+@contextlib.contextmanager
+def idle(model: nn.Module) -> Iterator[None]:
+    """Switch the low-rank updates off within the block; trained heads stay."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.active = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.active = True
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters a model has, and how many of them are trained."""
+
+    lora: int
+    saved: int  # trained whole: the head
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that training changes."""
+        return self.lora + self.saved
+
+    @property
+    def ratio(self) -> float:
+        """Trainable parameters as a share of all."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        rows = [
+            ("LoRA", self.lora),
+            ("trained whole", self.saved),
+            ("trainable", self.trainable),
+            ("all", self.total),
+        ]
+        lines = [
+            f"{name:<14}{count:>15,}{count / max(self.total, 1):>10.3%}" for name, count in rows
+        ]
+        return "\n".join(["parameters" + " " * 14 + "count     share", *lines])
+
+
+def trainable_parameters(model: nn.Module) -> ParameterCount:
+    """Return the counts of trainable and of all parameters; shared ones count once."""
+    lora = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
+    counts = {"lora": 0, "saved": 0, "total": 0}
+    for parameter in model.parameters():
+        counts["total"] += parameter.numel()
+        if parameter.requires_grad:
+            counts["lora" if id(parameter) in lora else "saved"] += parameter.numel()
+    return ParameterCount(**counts)
+
+
+# ---------------------------------------------------------------- inside
+
+
+def _install(
+    model: nn.Module, layers: Mapping[str, LoraConfig], saved: tuple[str, ...], dropout: float
+) -> None:
+    state = _State({n: p.requires_grad for n, p in model.named_parameters()}, saved, {}, dropout)
+    model.requires_grad_(False)
+    for path, config in layers.items():
+        module = model.get_submodule(path)
+        kind = layer_class(module)
+        assert kind is not None, path
+        model.set_submodule(path, kind.over(module, config))  # type: ignore[arg-type]
+    for name in saved:
+        parameter = model.get_parameter(name).requires_grad_(True)
+        state.originals[name] = parameter.detach().clone()
+    setattr(model, _STATE, state)
+
+
+def _candidates(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Return the paths of the layers that LoRA can adapt: linear, and not trained whole.
+
+    A language model's output layer counts only where a target names it: `all-linear` leaves it.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if getter else None
+    named = [target for target in config.targets if target != ALL_LINEAR]
+    paths = []
+    for path, module in model.named_modules():
+        if not layer_class(module) or _inside(path, config.modules_to_save):
+            continue
+        if module is output:
+            if not any(matches(target, path) for target in named):
+                continue
+            _refuse_tied(model, path)
+        paths.append(path)
+    return paths
+
+
+def _inside(path: str, modules: tuple[str, ...]) -> bool:
+    return any(path == name or path.startswith(name + ".") for name in modules)
+
+
+def _refuse_tied(model: nn.Module, path: str) -> None:
+    weight = model.get_submodule(path).weight
+    every = model.named_parameters(remove_duplicate=False)
+    if twins := [n for n, p in every if p is weight and n != f"{path}.weight"]:
+        raise InputError(
+            f"{path} shares its weight with {', '.join(twins)}; an update of one would also move "
+            f"the other when merged. Untie them first, or leave {path} out of the targets"
+        )
+
+
+def _refuse_bypassed(model: nn.Module, paths: tuple[str, ...]) -> None:
+    """Refuse layers whose owner reads their weight without calling them."""
+    owners = {
+        path: type(parent).__name__
+        for path in paths
+        if isinstance(
+            parent := model.get_submodule(path.rpartition(".")[0]),
+            nn.TransformerEncoderLayer | nn.MultiheadAttention,
+        )
+    }
+    if owners:
+        raise InputError(
+            listed(
+                "in eval mode these layers' owners read the weight without calling the layer, and "
+                "an update would be skipped silently; exclude them",
+                [f"{path} (in {owner})" for path, owner in owners.items()],
+            )
+        )
+
+
+def _parameters_of(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...]:
+    known = dict(model.named_modules())
+    if missing := [name for name in modules if name not in known]:
+        raise InputError(
+            listed("no such module to save", [f"{n} (near: {nearest(n, known)})" for n in missing])
+        )
+    return tuple(
+        f"{module}.{name}" for module in modules for name, _ in known[module].named_parameters()
+    )
+
+
+def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    faults = []
+    if adapter.variant not in variants.names():
+        faults.append(f"unknown variant {adapter.variant}")
+    for path, pair in adapter.modules.items():
+        module = modules.get(path)
+        if isinstance(module, LoraLayer):
+            shape = (module.out_features, module.in_features)
+        elif module is not None and (kind := layer_class(module)):
+            rows, columns = module.weight.shape  # type: ignore[misc]
+            shape = (rows, columns) if kind.__name__ == "LoraLinear" else (columns, rows)
+        else:
+            linear = [name for name, m in modules.items() if layer_class(m)]
+            faults.append(f"{path}: no linear module (near: {nearest(path, linear)})")
+            continue
+        if shape != (pair.b.shape[0], pair.a.shape[1]):
+            faults.append(
+                f"{path}: adapter is for (out, in) {(pair.b.shape[0], pair.a.shape[1])}, "
+                f"the model has {shape}"
+            )
+    for name, value in adapter.replaced.items():
+        if name not in parameters:
+            faults.append(f"{name}: no such parameter (near: {nearest(name, parameters)})")
+        elif tuple(parameters[name].shape) != value.shape:
+            faults.append(
+                f"{name}: adapter has shape {value.shape}, model {tuple(parameters[name].shape)}"
+            )
+    return faults
+
+
+def _bytes(weight: Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    raw = weight.detach().to("cpu").contiguous()
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
+    name = names.get(raw.dtype, "BF16")
+    return name, tuple(raw.shape), raw.view(torch.uint8).numpy().tobytes()
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.from_numpy(array.copy())
+
+
+def _array(tensor: Tensor) -> Array:
+    """Return a copy as float32, or float64 where the tensor is that; both are exact."""
+    wide = tensor.detach().to("cpu")
+    kept = wide if wide.dtype == torch.float64 else wide.float()
+    return kept.clone().numpy()

@@ -1,0 +1,156 @@
+"""PEFT's tensor names and config fields, read into an `Adapter`'s parts and written from them.
+
+Goes by the tensors in the file, never by the config's lists: ranks come from the tensors and are
+cross-checked against the config. What cannot be merged exactly is refused with its reason.
+Source: PEFT's `adapter_config.json` and `adapter_model.safetensors`, versions 0.4 to 0.21.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_export import variants
+from lora_export.errors import InputError, listed
+from lora_export.records import Adapter, Array, Factors, all_finite
+
+PREFIX = "base_model.model."
+_PAIR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+_LORA = re.compile(r"\.(lora_|token_adapter|base_layer|modules_to_save|original_module)")
+
+# Fields that change the merged weight in ways that this version does not compute.
+_REFUSED = {
+    "use_dora": "DoRA",
+    "lora_bias": "a bias in lora_B",
+    "layer_replication": "layer replication",
+    "use_qalora": "QALoRA",
+    "alora_invocation_tokens": "activated LoRA, which cannot be merged",
+    "arrow_config": "Arrow routing, which cannot be merged",
+    "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA",
+    "target_parameters": "target_parameters (fused experts)",
+    "trainable_token_indices": "trainable tokens",
+    "enable_lora": "MergedLinear of PEFT 0.2",
+}
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def read(
+    tensors: Mapping[str, Array], config: Mapping[str, Any], where: str
+) -> tuple[dict[str, Factors], dict[str, Array], str]:
+    """Return the low-rank pairs by module path, the replaced tensors by name, and the variant.
+
+    Raises:
+        InputError: with every fault that was found in names, shapes, values and config.
+    """
+    faults = _config_faults(config)
+    variant = "rslora" if config.get("use_rslora") else "lora"
+    halves: dict[str, dict[str, Array]] = {}
+    replaced: dict[str, Array] = {}
+    for key, value in tensors.items():
+        if not key.startswith(PREFIX):
+            faults.append(f"{key}: does not begin with {PREFIX}")
+        elif not all_finite(value):
+            bad = int(value.size - np.isfinite(value).sum())
+            faults.append(f"{key}: {bad} of {value.size} values are NaN or infinite")
+        elif pair := _PAIR.fullmatch(key.removeprefix(PREFIX)):
+            halves.setdefault(pair["path"], {})[pair["side"]] = value
+        elif _LORA.search(key):
+            faults.append(f"{key}: a kind of tensor that this version cannot merge")
+        else:
+            replaced[key.removeprefix(PREFIX)] = value
+    modules = {}
+    for path, sides in sorted(halves.items()):
+        try:
+            modules[path] = _factors(path, sides, config, variant)
+        except InputError as error:
+            faults.append(str(error))
+    if not halves:
+        faults.append("no lora_A and lora_B tensors at all")
+    if faults:
+        raise InputError(listed(f"cannot use the adapter {where}", faults))
+    return modules, dict(sorted(replaced.items())), variant
+
+
+def config_of(adapter: Adapter) -> dict[str, Any]:
+    """Return the fields of PEFT's `adapter_config.json` that describe `adapter`.
+
+    The commonest rank and alpha become `r` and `lora_alpha`; every other module gets a pattern
+    that matches its path alone, so that no reader's order of patterns matters.
+    """
+    rank = Counter(pair.rank for pair in adapter.modules.values()).most_common(1)[0][0]
+    alpha = Counter(pair.alpha for pair in adapter.modules.values()).most_common(1)[0][0]
+    odd_ranks = {p: m.rank for p, m in adapter.modules.items() if m.rank != rank}
+    odd_alphas = {p: m.alpha for p, m in adapter.modules.items() if m.alpha != alpha}
+    return {
+        "peft_type": "LORA",
+        "task_type": adapter.task_type,
+        "base_model_name_or_path": adapter.base.id,
+        "revision": adapter.base.revision,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.variant == "rslora",
+        "rank_pattern": {re.escape(path): value for path, value in odd_ranks.items()},
+        "alpha_pattern": {re.escape(path): value for path, value in odd_alphas.items()},
+        "target_modules": sorted(adapter.modules),
+        "modules_to_save": sorted({n.rpartition(".")[0] for n in adapter.replaced}) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Array]:
+    """Return the tensors of `adapter` under PEFT's names, sorted."""
+    tensors = {PREFIX + name: value for name, value in adapter.replaced.items()}
+    for path, pair in adapter.modules.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.a
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.b
+    return dict(sorted(tensors.items()))
+
+
+def _config_faults(config: Mapping[str, Any]) -> list[str]:
+    faults = [f"{what} is not supported yet" for name, what in _REFUSED.items() if config.get(name)]
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        faults.append(f"peft_type is {kind!r}; expected 'LORA'")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
+        faults.append(f"init_lora_weights is {init!r}, which changed the base before training")
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            faults.append(f"config: {name} is {value!r}; expected a number above 0")
+    return faults
+
+
+def _factors(
+    path: str, sides: Mapping[str, Array], config: Mapping[str, Any], variant: str
+) -> Factors:
+    if missing := {"A", "B"} - sides.keys():
+        raise InputError(f"{path}: lora_{missing.pop()} is missing")
+    a, b = sides["A"], sides["B"]
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        raise InputError(f"{path}: lora_A {a.shape} and lora_B {b.shape} do not form a pair")
+    rank = a.shape[0]
+    stated = _pattern(config, "rank_pattern", path, config.get("r"))
+    if stated != rank:
+        raise InputError(f"{path}: the config says rank {stated}, the tensors have rank {rank}")
+    alpha = float(_pattern(config, "alpha_pattern", path, config.get("lora_alpha")))
+    return Factors(a, b, alpha, variants.load(variant).scaling(alpha, rank))
+
+
+def _pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
+    """Return the value that PEFT's patterns give for `path`; refuse where their order decides."""
+    patterns = config.get(name) or {}
+    try:
+        found = {k: v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)}
+    except re.error as error:
+        raise InputError(f"{name} holds a bad regular expression: {error}") from error
+    if len(set(found.values())) > 1:
+        raise InputError(f"{path}: {name} is ambiguous, PEFT's order of {found} decides")
+    return next(iter(found.values()), default)

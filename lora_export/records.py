@@ -1,0 +1,299 @@
+"""The frozen values that travel between stages. Numpy at most; nothing here opens a file.
+
+Shapes are written in plain letters: `in`, `out`, `rank`, `batch`, `sequence`, `classes`.
+"""
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+# ---------------------------------------------------------------- the adapter
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The low-rank pair of one module; its update is `scale * b @ a`."""
+
+    a: Array  # (rank, in), float32 or float64: widening from the file's dtype is exact
+    b: Array  # (out, rank), same dtype
+    alpha: float
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The rank, taken from the tensor."""
+        return int(self.a.shape[0])
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the update is zero everywhere, as it is before any training."""
+        return self.scale == 0 or not self.a.any() or not self.b.any()
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A digest of the base tensors that an adapter touches, as they were when it was trained."""
+
+    sha256: str
+    tensors: int
+    dtype: str | None  # safetensors' name (F32, BF16, ...) when all tensors share it
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """What an adapter says about the base model that it was trained on."""
+
+    id: str | None = None
+    revision: str | None = None
+    architecture: str | None = None  # transformers class name of the model with its head
+    fingerprint: Fingerprint | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter, whatever file format it came from."""
+
+    modules: Mapping[str, Factors]  # by module path in the model
+    replaced: Mapping[str, Array]  # by tensor name: trained heads, stored whole
+    variant: str
+    dropout: float = 0.0
+    task_type: str | None = None  # PEFT's name: SEQ_CLS, CAUSAL_LM, ...
+    base: BaseRef = field(default_factory=BaseRef)
+    labels: tuple[str, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    format: str = "memory"
+    sha256: str | None = None  # of the file that it was read from
+    notes: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- the artifact
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and axes of one input or output; a string axis is dynamic."""
+
+    name: str
+    dtype: str  # numpy's name: int64, float32
+    axes: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The one truth about a model's inputs and outputs that every exporter and runner reads."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_length: int  # longest sequence that the model accepts
+    vocab_size: int
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """One file of an output: its name relative to the output, size and digest."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An exported model: its format, every file that it consists of, and what was found inside."""
+
+    format: str
+    files: tuple[FileDigest, ...]
+    inputs: tuple[TensorSpec, ...]  # as the written file declares them
+    outputs: tuple[TensorSpec, ...]
+    facts: Mapping[str, Any]  # opset, dtypes, versions: what the exporter read back
+    lora_names: tuple[str, ...]  # operators or tensors that still carry LoRA
+    leaked_paths: tuple[str, ...]  # paths of the exporting machine found inside the files
+
+
+# ---------------------------------------------------------------- what was observed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Named input arrays for one call, and where they come from."""
+
+    source: str  # "text" or "grid"
+    note: str
+    arrays: Mapping[str, Array]
+    texts: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    @property
+    def mask(self) -> Array:
+        """The attention mask, (batch, sequence), one where a token counts."""
+        return self.arrays["attention_mask"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one runner answered, one output array per batch."""
+
+    runner: str
+    precision: str
+    outputs: tuple[Array, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Interleaved wall-clock samples of one batch shape, in milliseconds, by runner.
+
+    Sample i of every runner was taken in round i, so samples pair up by position.
+    """
+
+    batch: int
+    sequence: int
+    threads: int
+    samples_ms: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class WeightAudit:
+    """One merged tensor against the float64 value recomputed from the files.
+
+    An element is misrounded when it is not a nearest representable neighbour of that value.
+    """
+
+    tensor: str
+    elements: int
+    misrounded: int
+    largest_ulp: float
+    unmoved: int  # elements whose update exceeds half an ulp, and which equal the base all the same
+    lost_share: float  # ||stored - exact|| / ||update||: share of the update lost in rounding
+
+
+@dataclass(frozen=True)
+class Account:
+    """Where every tensor on both sides went. Each name appears in exactly one group of its side."""
+
+    adapter_merged: tuple[str, ...]
+    adapter_placed: tuple[str, ...]
+    adapter_left: tuple[str, ...]  # nothing was done with these: a fault
+    base_changed: tuple[str, ...]
+    base_identical: tuple[str, ...]  # proved by digest on what was written
+    base_dropped: Mapping[str, str]  # name -> reason
+    base_damaged: tuple[str, ...]  # should be identical and is not: a fault
+    added: tuple[str, ...]  # new tensors: placed heads that the base lacks
+    unexplained: tuple[str, ...]  # written but in no plan: a fault
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Module paths and class names of a model."""
+
+    expected: Mapping[str, str]  # of the architecture, built from its config without weights
+    found: Mapping[str, str]  # of the merged model, loaded from disk
+    lora_names: tuple[str, ...]  # tensors or modules that still carry LoRA
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the checks look at. Saved and loaded again, it is judged the same."""
+
+    account: Account | None = None
+    weights: tuple[WeightAudit, ...] = ()
+    modules: Modules | None = None
+    signature: Signature | None = None
+    artifacts: tuple[Artifact, ...] = ()
+    batches: tuple[Batch, ...] = ()
+    recordings: Mapping[str, Recording] = field(default_factory=dict)
+    timings: tuple[Timing, ...] = ()
+    labels: tuple[str, ...] = ()
+
+
+# Names of the recordings that every run makes; the others are named after their artifact's format.
+REFERENCE = "reference"  # the unmerged model, evaluated in float64
+UNMERGED = "unmerged"  # the unmerged model in its own precision: sets the noise floor
+IDLE = "idle"  # the unmerged model with its LoRA updates switched off
+MERGED = "merged"  # the merged model, loaded from disk
+TORCH_RECORDINGS = (REFERENCE, UNMERGED, IDLE, MERGED)
+
+
+# ---------------------------------------------------------------- what is concluded
+
+
+class Status(enum.StrEnum):
+    """The outcome of one check. Only `PASS` is a pass."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim, judged."""
+
+    check: str
+    subject: str
+    status: Status
+    measured: float | None
+    limit: float | None
+    unit: str
+    compared: int  # how many things were compared; a pass over nothing does not exist
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status is Status.PASS and self.compared <= 0:
+            raise AssertionError(f"{self.check}: a pass needs something that was compared")
+
+    @property
+    def passed(self) -> bool:
+        """Whether the status is `PASS`."""
+        return self.status is Status.PASS
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("a verdict is neither true nor false; ask for .passed")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A number without a limit."""
+
+    name: str
+    subject: str
+    value: float
+    unit: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Verdicts, measurements and the identity of everything that went in and came out."""
+
+    command: str
+    verdicts: tuple[Verdict, ...]
+    measurements: tuple[Measurement, ...]
+    inputs: tuple[FileDigest, ...]
+    outputs: tuple[FileDigest, ...]
+    environment: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are verdicts and every one of them is a pass."""
+        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+
+def is_finite(value: float | None) -> bool:
+    """Return whether `value` is a number that is neither NaN nor infinite."""
+    return value is not None and math.isfinite(value)
+
+
+def all_finite(array: Array) -> bool:
+    """Return whether every element of `array` is finite."""
+    return bool(np.isfinite(array).all())

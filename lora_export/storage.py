@@ -1,0 +1,333 @@
+"""Safetensors files read lazily and written in one pass; digests; publishing in one step.
+
+All writing of this package goes through here, and so does all reading of untrusted tensor files.
+No torch: a tensor is its bytes, its dtype's name and its shape.
+Source of the file layout: the safetensors format description (8-byte little-endian header length,
+JSON header, then the tensors' bytes).
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.errors import InputError, listed
+from lora_export.records import Array, FileDigest, Fingerprint
+
+# safetensors' name -> bytes per element
+DTYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_NUMPY = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
+    "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+_NAMES = {np.dtype(code): name for name, code in _NUMPY.items()}
+MOST_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+LFS_POINTER = b"version https://git-lfs"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+STAGING = ".staging-"
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor's bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    def read(self) -> bytes:
+        """Return the tensor's bytes."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.start)
+            return stream.read(self.end - self.start)
+
+    def array(self) -> Array:
+        """Return the tensor as a numpy array; bfloat16 is widened to float32, which is exact."""
+        return decode(self.read(), self.dtype, self.shape)
+
+
+def decode(data: bytes, dtype: str, shape: Sequence[int]) -> Array:
+    """Return the array that `data` holds; bfloat16 is widened to float32, which is exact."""
+    if dtype == "BF16":
+        wide = np.frombuffer(data, "<u2").astype("<u4") << np.uint32(16)
+        return wide.view("<f4").reshape(shape)
+    if dtype not in _NUMPY:
+        raise InputError(f"cannot compute with tensors of dtype {dtype}")
+    return np.frombuffer(data, _NUMPY[dtype]).reshape(shape)
+
+
+def dtype_name(array: Array) -> str:
+    """Return safetensors' name of the dtype of `array`."""
+    return _NAMES[array.dtype]
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the tensors of the safetensors file at `path`, and its metadata.
+
+    Raises:
+        InputError: there is no such file, or it is not a complete safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(8)
+            if head.startswith(LFS_POINTER[:8]):
+                raise InputError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull`")
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
+                raise InputError(f"{path} is not a safetensors file, or it is truncated")
+            header = json.loads(stream.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {
+            name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()
+        }
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: the safetensors header is damaged") from error
+    _check_extent(path, tensors.values(), 8 + length, size)
+    return tensors, metadata
+
+
+def _tensor_info(path: Path, name: str, entry: Mapping[str, Any], data: int) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    info = TensorInfo(
+        name, entry["dtype"], tuple(entry["shape"]), path, data + int(start), data + int(end)
+    )
+    if info.dtype not in DTYPE_BYTES:
+        raise InputError(f"{path}: {name} has the unknown dtype {info.dtype}")
+    if info.end - info.start != math.prod(info.shape) * DTYPE_BYTES[info.dtype]:
+        raise InputError(f"{path}: the length of {name} does not fit its shape and dtype")
+    return info
+
+
+def _check_extent(path: Path, tensors: Iterable[TensorInfo], start: int, size: int) -> None:
+    """Raise unless the tensors cover the rest of the file without a gap or an overlap."""
+    for info in sorted(tensors, key=lambda info: (info.start, info.end)):
+        if info.start != start:
+            raise InputError(f"{path}: {info.name} overlaps its neighbour or leaves a gap")
+        start = info.end
+    if start != size:
+        raise InputError(f"{path} is truncated or too long: {size} bytes, expected {start}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of safetensors shards, headers read, bytes left on disk."""
+
+    root: Path
+    tensors: Mapping[str, TensorInfo]
+    shards: tuple[str, ...]  # file names, in the order of the index
+
+    @classmethod
+    def open(cls, root: Path) -> "Checkpoint":
+        """Read the headers of the checkpoint in the directory `root`."""
+        shards = _shard_names(root)
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            found, _ = read_header(root / shard)
+            if twice := tensors.keys() & found.keys():
+                raise InputError(listed(f"{root}: in two shards at once", twice))
+            tensors |= found
+        return cls(root, tensors, shards)
+
+
+def _shard_names(root: Path) -> tuple[str, ...]:
+    if (root / SINGLE).is_file():
+        return (SINGLE,)
+    index = root / INDEX
+    if not index.is_file():
+        raise InputError(f"{root} has neither {SINGLE} nor {INDEX}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map")
+    names = tuple(sorted(set(map(str, weight_map.values()))))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise InputError(listed(f"{index} names files outside of its directory", outside))
+    return names
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in the file at `path`; raises `InputError`."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(LFS_POINTER):
+            raise InputError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull`")
+        value = json.loads(data)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
+# ---------------------------------------------------------------- digests
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of the file at `path`, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(path: Path, name: str | None = None) -> FileDigest:
+    """Return name, size and digest of the file at `path`."""
+    return FileDigest(name or path.name, path.stat().st_size, sha256(path))
+
+
+def digest_tree(root: Path) -> tuple[FileDigest, ...]:
+    """Return the digests of all files below `root`, sorted by name relative to it."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return tuple(digest(path, path.relative_to(root).as_posix()) for path in files)
+
+
+def fingerprint(tensors: Iterable[tuple[str, str, Sequence[int], bytes]]) -> Fingerprint:
+    """Return the digest over the sorted (name, dtype, shape, sha256 of bytes) of `tensors`."""
+    lines, dtypes = [], set()
+    for name, dtype, shape, data in tensors:
+        lines.append(json.dumps([name, dtype, list(shape), hashlib.sha256(data).hexdigest()]))
+        dtypes.add(dtype)
+    text = "\n".join(sorted(lines))
+    dtype_of_all = dtypes.pop() if len(dtypes) == 1 else None
+    return Fingerprint(hashlib.sha256(text.encode()).hexdigest(), len(lines), dtype_of_all)
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to write; `read` is called once, when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], bytes]
+
+    @classmethod
+    def of(cls, name: str, array: Array) -> "NewTensor":
+        """Return the tensor `name` with the value and dtype of `array`."""
+        return cls(
+            name, dtype_name(array), array.shape, lambda: np.ascontiguousarray(array).tobytes()
+        )
+
+
+def write_safetensors(path: Path, tensors: Sequence[NewTensor], metadata: Mapping[str, str]) -> int:
+    """Write `tensors` in the given order, one in memory at a time; return their size in bytes.
+
+    The same tensors and metadata give the same bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for tensor in tensors:
+        end = offset + math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers map the file and want aligned data
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            data = tensor.read()
+            start, end = header[tensor.name]["data_offsets"]
+            assert len(data) == end - start, tensor.name
+            stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return offset
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write `value` as indented JSON with sorted keys."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+# ---------------------------------------------------------------- publishing
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Raise `InputError` when `out` exists and may not be replaced."""
+    if not overwrite and (out.exists() or out.is_symlink()):
+        raise InputError(f"{out} exists; choose another name, or pass --overwrite")
+
+
+@contextlib.contextmanager
+def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a path beside `out` to write a file or directory to; rename it to `out` at the end.
+
+    When the block raises, what was written is removed and `out` is as it was, byte for byte.
+    Whatever else the block leaves beside the staged path, in the same staging directory, is
+    published too: an ONNX graph and its data file.
+
+    Raises:
+        InputError: `out` exists and `overwrite` is false, or its parent cannot be written.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    parent = out.resolve().parent
+    staging = parent / f".{out.name}{STAGING}{secrets.token_hex(4)}"
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        _remove_empty(made)
+        raise InputError(f"cannot write to {parent}: {error.strerror}") from error
+    try:
+        yield staging / out.name
+        _publish(staging, parent, overwrite=overwrite)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _publish(staging: Path, parent: Path, *, overwrite: bool) -> None:
+    """Move every entry of `staging` to `parent`, the last one in a single rename."""
+    entries = sorted(staging.iterdir())
+    for entry in entries:
+        refuse_existing(parent / entry.name, overwrite=overwrite)
+    old = staging / f"{STAGING}replaced"
+    for entry in entries:
+        target = parent / entry.name
+        if target.is_dir() and not target.is_symlink():
+            target.rename(old / entry.name if old.is_dir() else _made(old) / entry.name)
+        entry.rename(target)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of `folders`, innermost first, that were made for nothing."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
