@@ -21,7 +21,7 @@ def read_adapter(path: str | Path, format: str | None = None) -> Adapter:
     place = Path(path).expanduser()
     if not place.exists():
         raise InputError(f"no adapter at {place}")
-    adapter = formats.load(format or _detect(place)).read(place)
+    adapter: Adapter = formats.load(format or _detect(place)).read(place)
     if all(pair.is_zero for pair in adapter.modules.values()):
         raise InputError(
             f"the adapter {place} is untrained: all {len(adapter.modules)} low-rank updates are "

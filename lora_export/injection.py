@@ -303,7 +303,7 @@ def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
         if isinstance(module, LoraLayer):
             shape = (module.out_features, module.in_features)
         elif module is not None and (kind := layer_class(module)):
-            rows, columns = module.weight.shape  # type: ignore[misc]
+            rows, columns = module.weight.shape
             shape = (rows, columns) if kind.__name__ == "LoraLinear" else (columns, rows)
         else:
             linear = [name for name, m in modules.items() if layer_class(m)]
@@ -332,7 +332,7 @@ def _bytes(weight: Tensor) -> tuple[str, tuple[int, ...], bytes]:
 
 
 def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(array.copy())
+    return torch.from_numpy(array)
 
 
 def _array(tensor: Tensor) -> Array:

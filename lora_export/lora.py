@@ -29,18 +29,18 @@ class _LowRank(nn.Module):
         lora_B: (out, rank), zero at the start, so that a fresh layer computes what its base does.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Tensor | None
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, config: LoraConfig) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, config: LoraConfig) -> None:
         super().__init__()
         self.rank, self.alpha, self.variant = config.rank, float(config.alpha), config.variant
         self.scale: float = variants.load(config.variant).scaling(self.alpha, self.rank)
         self.dropout = nn.Dropout(config.dropout)
         self.active = True
         self._base_weight: Tensor | None = None  # the exact bits, while merged
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
+        self.register_parameter("weight", weight)  # type: ignore[arg-type]
+        self.register_parameter("bias", bias)  # type: ignore[arg-type]
         self.requires_grad_(False)
         out_features, in_features = self._transpose(weight).shape
         self.in_features, self.out_features = int(in_features), int(out_features)
@@ -191,7 +191,8 @@ class LoraConv1D(_LowRank):
 
 
 def _filled(plain: M, layer: _LowRank) -> M:
-    plain.weight, plain.bias = layer.weight, layer.bias
+    plain.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
+    plain.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
     return plain.train(layer.training)
 
 

@@ -4,16 +4,18 @@ Never runs code that comes with a checkpoint, never touches the network.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_export import storage
 from lora_export.errors import AdapterMismatch, InputError, listed
-from lora_export.records import Adapter
+from lora_export.records import Adapter, Signature, TensorSpec
 
 # PEFT's task types -> transformers' tables from model type to class name
 _TASK_TABLES = {
@@ -52,7 +54,7 @@ def config_of(base: Path, architecture: str, labels: tuple[str, ...], classes: i
     """Return the transformers config of `base` as `architecture`, with the label names in it."""
     from transformers import AutoConfig
 
-    with _quiet():
+    with quiet():
         config = _loaded(AutoConfig, base, "config")
     config.architectures = [architecture]
     if labels:
@@ -84,7 +86,7 @@ def load(base: Path, config: Any, *, provided: Mapping[str, Any] | None = None) 
             would compute with random numbers.
     """
     kind = _model_class(config.architectures[0])
-    with _quiet():
+    with quiet():
         model, report = kind.from_pretrained(
             base, config=config, dtype="auto", local_files_only=True, output_loading_info=True
         )
@@ -102,7 +104,7 @@ def load(base: Path, config: Any, *, provided: Mapping[str, Any] | None = None) 
 
 def blank(config: Any) -> nn.Module:
     """Return the model of `config` on the meta device: names and shapes without weights."""
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         model: nn.Module = _model_class(config.architectures[0])(config)
     return model
 
@@ -111,8 +113,85 @@ def tokenizer(base: Path) -> Any:
     """Return the tokenizer in the directory `base`."""
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         return _loaded(AutoTokenizer, base, "tokenizer")
+
+
+class Tensors(nn.Module):
+    """A model as a function of tensors: named inputs in order, the named outputs back."""
+
+    def __init__(self, model: nn.Module, outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.outputs = outputs
+
+    def call(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Return the outputs for `inputs`: a tensor where there is one, else a tuple."""
+        found = self.model(**inputs, return_dict=True)
+        values = tuple(found[name] for name in self.outputs)
+        return values[0] if len(values) == 1 else values
+
+
+def as_tensors(model: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> nn.Module:
+    """Return `model` as a `Tensors` whose `forward` takes arguments of just these names.
+
+    Tracers read the names of a model's inputs from the signature of `forward`, so it is made to
+    say them.
+    """
+
+    def forward(self: Tensors, *args: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.call(dict(zip(inputs, args, strict=False)) | named)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in ("self", *inputs)]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return type("Tensors", (Tensors,), {"forward": forward})(model, outputs).eval()  # type: ignore[no-any-return]
+
+
+def signature_of(model: nn.Module, tokens: Any) -> Signature:
+    """Return the signature of `model`: inputs that both it and its tokenizer know, first output.
+
+    The axes of the output are found by running the model at two shapes: an axis that follows the
+    batch or the sequence is dynamic, any other is fixed.
+
+    Raises:
+        InputError: the model takes no token ids.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    names = [name for name in tokens.model_input_names if name in accepted]
+    if "input_ids" not in names or "attention_mask" not in names:
+        raise InputError(f"{type(model).__name__} does not take input_ids and attention_mask")
+    config: Any = model.config
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # a cache is state, and not part of this signature
+    pad = tokens.pad_token_id if tokens.pad_token_id is not None else 0
+    specs = tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in names)
+    blank = Signature(specs, (), _max_length(model, tokens), config.vocab_size, pad)
+    (name, small), (_, large) = (_first_output(model, blank, *shape) for shape in ((2, 5), (3, 7)))
+    sizes = {(2, 3): "batch", (5, 7): "sequence"}
+    axes = tuple(sizes.get((a, b), a) for a, b in zip(small.shape, large.shape, strict=True))
+    output = TensorSpec(name, str(small.dtype).removeprefix("torch."), axes)
+    return replace(blank, outputs=(output,))
+
+
+@torch.inference_mode()
+def _first_output(
+    model: nn.Module, signature: Signature, batch: int, length: int
+) -> tuple[str, Tensor]:
+    inputs = {spec.name: torch.ones(batch, length, dtype=torch.int64) for spec in signature.inputs}
+    found = model(**inputs, return_dict=True)
+    return next((name, value) for name, value in found.items() if isinstance(value, Tensor))
+
+
+def _max_length(model: nn.Module, tokens: Any) -> int:
+    """Return the longest sequence that positions and tokenizer allow."""
+    config: Any = model.config
+    positions = int(getattr(config, "max_position_embeddings", 0) or 512)
+    for path, module in model.named_modules():
+        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's family counts positions from padding_idx + 1.
+            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
+    return min(positions, int(tokens.model_max_length))
 
 
 def module_classes(model: nn.Module) -> dict[str, str]:
@@ -137,8 +216,8 @@ def _loaded(kind: Any, base: Path, what: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' load reports and bars: what they say is checked here instead."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' reports and bars: what they say is checked here instead."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -139,12 +139,22 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far two recordings lie apart."""
+
+    largest: float  # largest absolute deviation of an element
+    compared: int  # elements compared; padded positions are left out
+    defect: str = ""  # why the recordings cannot be compared at all
+    batch: int = 0  # index of the batch with the largest deviation
+
+
+@dataclass(frozen=True)
 class Recording:
-    """What one runner answered, one output array per batch."""
+    """What one runner answered: named output arrays, one mapping per batch."""
 
     runner: str
     precision: str
-    outputs: tuple[Array, ...]
+    outputs: tuple[Mapping[str, Array], ...]
 
 
 @dataclass(frozen=True)
@@ -211,7 +221,9 @@ class Evidence:
     batches: tuple[Batch, ...] = ()
     recordings: Mapping[str, Recording] = field(default_factory=dict)
     timings: tuple[Timing, ...] = ()
-    labels: tuple[str, ...] = ()
+    floor: str = "unmerged"  # the recording whose distance from the reference is the noise floor
+    files: tuple[FileDigest, ...] = ()  # of the outputs, as they were when recorded
+    files_now: tuple[FileDigest, ...] = ()  # of the same files, read again when judged
 
 
 # Names of the recordings that every run makes; the others are named after their artifact's format.
@@ -219,7 +231,6 @@ REFERENCE = "reference"  # the unmerged model, evaluated in float64
 UNMERGED = "unmerged"  # the unmerged model in its own precision: sets the noise floor
 IDLE = "idle"  # the unmerged model with its LoRA updates switched off
 MERGED = "merged"  # the merged model, loaded from disk
-TORCH_RECORDINGS = (REFERENCE, UNMERGED, IDLE, MERGED)
 
 
 # ---------------------------------------------------------------- what is concluded

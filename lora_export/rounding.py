@@ -44,4 +44,5 @@ def ulp(exact: Array, dtype: str) -> Array:
     """Return the distance between neighbouring numbers of `dtype` at each float64 value."""
     fraction_bits, least = _FORMATS[dtype]
     _, exponent = np.frexp(np.abs(exact))
-    return np.ldexp(1.0, np.maximum(exponent - 1, least) - fraction_bits)
+    spacing: Array = np.ldexp(1.0, np.maximum(exponent - 1, least) - fraction_bits)
+    return spacing

@@ -62,17 +62,16 @@ class TensorInfo:
 
     def array(self) -> Array:
         """Return the tensor as a numpy array; bfloat16 is widened to float32, which is exact."""
-        return decode(self.read(), self.dtype, self.shape)
+        if self.dtype == "BF16":
+            wide = self._stored("<u2").astype("<u4") << np.uint32(16)
+            return wide.view("<f4")
+        if self.dtype not in _NUMPY:
+            raise InputError(f"{self.name}: cannot compute with tensors of dtype {self.dtype}")
+        return self._stored(_NUMPY[self.dtype])
 
-
-def decode(data: bytes, dtype: str, shape: Sequence[int]) -> Array:
-    """Return the array that `data` holds; bfloat16 is widened to float32, which is exact."""
-    if dtype == "BF16":
-        wide = np.frombuffer(data, "<u2").astype("<u4") << np.uint32(16)
-        return wide.view("<f4").reshape(shape)
-    if dtype not in _NUMPY:
-        raise InputError(f"cannot compute with tensors of dtype {dtype}")
-    return np.frombuffer(data, _NUMPY[dtype]).reshape(shape)
+    def _stored(self, code: str) -> Array:
+        count = math.prod(self.shape)
+        return np.fromfile(self.file, code, count, offset=self.start).reshape(self.shape)
 
 
 def dtype_name(array: Array) -> str:

@@ -202,7 +202,7 @@ def fit(
                 plan = batches(train, args.batch_size, args.seed + state.step // per_epoch)
             inputs, labels = collate(plan[state.step % per_epoch], pad)
             loss = nn.functional.cross_entropy(model(**inputs).logits, labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()

@@ -1,0 +1,69 @@
+"""Questions, one file each, answered from recorded evidence alone: no model, no file is opened.
+
+To add a check, add one file here with:
+
+    SCOPES = ("run",)                      commands that ask it: merge, export, run
+    judge(evidence) -> list[Verdict]       at least one verdict; NOT_RUN where evidence is missing
+
+and a test in which it passes, and one in which it fails.
+"""
+
+from collections.abc import Callable
+
+from lora_export import registry
+from lora_export.compare import NOISE_MULTIPLE, distance, noise_floor
+from lora_export.records import REFERENCE, Evidence, Status, Verdict
+
+MERGE, EXPORT, RUN = "merge", "export", "run"
+
+
+def names() -> tuple[str, ...]:
+    """Return the known checks: the files of this folder."""
+    return registry.names(__name__)
+
+
+def judge(evidence: Evidence, scope: str) -> tuple[Verdict, ...]:
+    """Return the verdicts of every check that belongs to `scope`, in order of their names."""
+    found: list[Verdict] = []
+    for name in names():
+        check = registry.load(__name__, name)
+        if scope in check.SCOPES:
+            question: Callable[[Evidence], list[Verdict]] = check.judge
+            verdicts = question(evidence)
+            assert verdicts, f"the check {name} gave no verdict"
+            found += verdicts
+    return tuple(found)
+
+
+def not_run(check: str, subject: str, why: str) -> Verdict:
+    """Return the verdict that says a check could not be made, which is not a pass."""
+    return Verdict(check, subject, Status.NOT_RUN, None, None, "", 0, why)
+
+
+def counted(check: str, subject: str, faults: int, compared: int, unit: str, note: str) -> Verdict:
+    """Return a pass where something was compared and no fault was found, else a fail."""
+    good = compared > 0 and faults == 0
+    status = Status.PASS if good else Status.FAIL
+    return Verdict(check, subject, status, float(faults), 0.0, unit, compared, note)
+
+
+def within_tolerance(check: str, subject: str, evidence: Evidence) -> Verdict:
+    """Return whether the recording named `subject` lies within the tolerance of the reference.
+
+    The tolerance is a multiple of the noise floor: the distance of the unmerged model, in its own
+    precision, from the same model in float64.
+    """
+    recordings = evidence.recordings
+    if not {REFERENCE, evidence.floor, subject} <= recordings.keys():
+        return not_run(check, subject, "a recording is missing")
+    floor = noise_floor(evidence)
+    found = distance(recordings[REFERENCE], recordings[subject], evidence)
+    limit = NOISE_MULTIPLE * floor.largest
+    defect = floor.defect or found.defect
+    good = not defect and found.compared > 0 and found.largest <= limit
+    note = defect or (
+        f"{found.largest / floor.largest:.2f} times the noise floor {floor.largest:.2e}, "
+        f"largest at {evidence.batches[found.batch].note}"
+    )
+    status = Status.PASS if good else Status.FAIL
+    return Verdict(check, subject, status, found.largest, limit, "abs", found.compared, note)

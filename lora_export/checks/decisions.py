@@ -1,0 +1,63 @@
+"""Does each candidate decide as the reference does on real sentences?"""
+
+import numpy as np
+
+from lora_export import checks
+from lora_export.compare import noise_floor, valid
+from lora_export.records import MERGED, REFERENCE, Evidence, Recording, Verdict
+
+SCOPES = (checks.EXPORT, checks.RUN)
+MOST_SHOWN = 3
+
+
+def judge(evidence: Evidence) -> list[Verdict]:
+    """Fail on a decision that differs, unless the reference's margin lies below the noise floor."""
+    wanted = [artifact.format for artifact in evidence.artifacts]
+    if MERGED in evidence.recordings:
+        wanted.insert(0, MERGED)
+    texts = [index for index, batch in enumerate(evidence.batches) if batch.source == "text"]
+    missing = {REFERENCE, evidence.floor, *wanted} - evidence.recordings.keys()
+    if not wanted or not texts or missing:
+        return [checks.not_run("decisions", "labels", "no recording on sentences")]
+    floor = noise_floor(evidence)
+    if floor.defect:
+        return [checks.not_run("decisions", "labels", floor.defect)]
+    return [_judge(name, texts, floor.largest, evidence) for name in wanted]
+
+
+def _judge(name: str, texts: list[int], floor: float, evidence: Evidence) -> Verdict:
+    compared, flips, excused, shown = 0, 0, 0, []
+    reference, other = evidence.recordings[REFERENCE], evidence.recordings[name]
+    if _broken(reference, other):
+        return checks.counted("decisions", name, 1, 0, "flips", "outputs differ in number or shape")
+    for index in texts:
+        batch = evidence.batches[index]
+        for output in reference.outputs[index]:
+            expected = valid(reference.outputs[index][output], batch, evidence, output)
+            found = valid(other.outputs[index][output], batch, evidence, output)
+            margins = np.diff(np.sort(expected, axis=-1)[..., -2:], axis=-1)[..., 0]
+            differs = expected.argmax(-1) != found.argmax(-1)
+            differs |= ~np.isfinite(found).all(-1)
+            counts = differs & ~(margins <= floor)
+            compared += differs.size
+            flips += int(counts.sum())
+            excused += int((differs & ~counts).sum())
+            if counts.shape == (len(batch.texts),):
+                shown += [
+                    f"{batch.texts[row]!r} (margin {margins[row]:.1e})"
+                    for row in np.flatnonzero(counts)
+                ]
+    note = f"{compared - flips - excused} of {compared} decisions agree"
+    if excused:
+        note += f"; {excused} excused, the margin lies below the noise floor"
+    if shown:
+        note += "; differs: " + ", ".join(shown[:MOST_SHOWN])
+    return checks.counted("decisions", name, flips, compared, "flips", note)
+
+
+def _broken(reference: Recording, other: Recording) -> bool:
+    shapes = [
+        [{name: array.shape for name, array in out.items()} for out in recording.outputs]
+        for recording in (reference, other)
+    ]
+    return shapes[0] != shapes[1]

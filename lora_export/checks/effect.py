@@ -1,0 +1,33 @@
+"""Does the adapter do anything? An adapter that moves nothing would pass every comparison."""
+
+from lora_export import checks
+from lora_export.compare import NOISE_MULTIPLE, distance, noise_floor
+from lora_export.records import IDLE, REFERENCE, Evidence, Status, Verdict
+
+SCOPES = (checks.RUN,)
+# The update must stand out from the deviation that artifacts are allowed, or else the comparisons
+# could not tell an artifact with the adapter from one without it.
+TIMES_THE_TOLERANCE = 10.0
+
+
+def judge(evidence: Evidence) -> list[Verdict]:
+    """Pass where switching the low-rank updates off moves the outputs well above the tolerance."""
+    recordings = evidence.recordings
+    if not {REFERENCE, IDLE, evidence.floor} <= recordings.keys():
+        return [checks.not_run("effect", "adapter", "no recording with the updates switched off")]
+    floor = noise_floor(evidence)
+    moved = distance(recordings[REFERENCE], recordings[IDLE], evidence)
+    limit = TIMES_THE_TOLERANCE * NOISE_MULTIPLE * floor.largest
+    good = not (floor.defect or moved.defect) and moved.largest >= limit
+    note = (
+        floor.defect
+        or moved.defect
+        or (
+            f"the adapter moves an output by up to {moved.largest:.3g}, "
+            f"{moved.largest / floor.largest:.3g} times the noise floor"
+        )
+    )
+    status = Status.PASS if good else Status.FAIL
+    return [
+        Verdict("effect", "adapter", status, moved.largest, limit, "at least", moved.compared, note)
+    ]

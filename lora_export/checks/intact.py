@@ -1,0 +1,18 @@
+"""Are the files on disk the ones that were measured?"""
+
+from lora_export import checks
+from lora_export.errors import listed
+from lora_export.records import Evidence, Verdict
+
+SCOPES = (checks.EXPORT, checks.RUN)
+
+
+def judge(evidence: Evidence) -> list[Verdict]:
+    """Fail on a file that is missing, new or of another digest than when it was recorded."""
+    if not evidence.files:
+        return [checks.not_run("intact", "files", "no file was recorded")]
+    then = {file.name: file.sha256 for file in evidence.files}
+    now = {file.name: file.sha256 for file in evidence.files_now}
+    changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
+    note = listed("changed since", changed) if changed else "every file has its recorded digest"
+    return [checks.counted("intact", "files", len(changed), len(then), "changed", note)]

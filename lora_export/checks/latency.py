@@ -1,0 +1,40 @@
+"""Is each candidate at most a tenth slower than the unmerged model, by paired ratios?"""
+
+from lora_export import checks
+from lora_export.compare import median_interval, ratios
+from lora_export.records import UNMERGED, Evidence, Status, Timing, Verdict
+
+SCOPES = (checks.RUN,)
+# Merging is meant to save time, never to cost it; a tenth is what shared machines can tell apart.
+LIMIT = 1.10
+LEAST_ROUNDS = 10
+
+
+def judge(evidence: Evidence) -> list[Verdict]:
+    """Pass where the whole interval of the ratio lies below the limit, fail where it lies above."""
+    found = [
+        _judge(timing, runner)
+        for timing in evidence.timings
+        for runner in timing.samples_ms
+        if runner != UNMERGED
+    ]
+    return found or [checks.not_run("latency", "candidates", "nothing was timed")]
+
+
+def _judge(timing: Timing, runner: str) -> Verdict:
+    subject = f"{runner}, batch {timing.batch}"
+    samples = [timing.samples_ms.get(name, ()) for name in (runner, UNMERGED)]
+    if len(samples[0]) != len(samples[1]) or len(samples[0]) < LEAST_ROUNDS:
+        return checks.not_run("latency", subject, f"fewer than {LEAST_ROUNDS} paired rounds")
+    median, low, high = median_interval(ratios(timing, runner))
+    status = Status.INCONCLUSIVE
+    if high <= LIMIT:
+        status = Status.PASS
+    elif low > LIMIT:
+        status = Status.FAIL
+    note = (
+        f"95 % interval [{low:.3f}, {high:.3f}] of {len(samples[0])} pairs; "
+        f"smallest visible effect {(high - low) / 2:.3f}"
+    )
+    unit = "x unmerged"
+    return Verdict("latency", subject, status, median, LIMIT, unit, len(samples[0]), note)

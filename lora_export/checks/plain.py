@@ -1,0 +1,31 @@
+"""Is what ships a plain model: the architecture's own modules, and no trace of LoRA?"""
+
+from lora_export import checks
+from lora_export.errors import listed
+from lora_export.records import Artifact, Evidence, Modules, Verdict
+
+SCOPES = (checks.MERGE, checks.EXPORT, checks.RUN)
+
+
+def judge(evidence: Evidence) -> list[Verdict]:
+    """Fail where the module tree differs from the architecture's, or a name mentions LoRA."""
+    verdicts = [_merged(evidence.modules)] if evidence.modules else []
+    verdicts += [_artifact(artifact) for artifact in evidence.artifacts]
+    return verdicts or [checks.not_run("plain", "merged", "no module tree was recorded")]
+
+
+def _merged(modules: Modules) -> Verdict:
+    differing = {
+        path or "(root)"
+        for path in modules.expected.keys() | modules.found.keys()
+        if modules.expected.get(path) != modules.found.get(path)
+    } | set(modules.lora_names)
+    note = listed("differs", differing) if differing else "the module tree is the architecture's"
+    return checks.counted("plain", "merged", len(differing), len(modules.found), "modules", note)
+
+
+def _artifact(artifact: Artifact) -> Verdict:
+    names = artifact.lora_names
+    note = listed("names", names) if names else "no operator, module or tensor is named after LoRA"
+    files = len(artifact.files)
+    return checks.counted("plain", artifact.format, len(names), files, "LoRA names", note)

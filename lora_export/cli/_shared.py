@@ -1,0 +1,168 @@
+"""Options and output that several commands share."""
+
+import json
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_export.plan import MergePlan
+    from lora_export.records import Certificate
+
+FAILED_VERDICT = 5
+
+adapter_option = click.option(
+    "--adapter", required=True, type=click.Path(path_type=Path), help="Adapter file or directory."
+)
+base_option = click.option(
+    "--base", help="Base model: a directory or a hub id. Default: what the adapter names."
+)
+mismatch_option = click.option(
+    "--allow-base-mismatch",
+    is_flag=True,
+    help="Go on where the base is not the one that the adapter was trained on.",
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Sentences to compare on: a .tsv with a header (sentence, label), a folder with dev.tsv, "
+    "or a text file with one a line. Default: a small set that comes with the package.",
+)
+seed_option = click.option(
+    "--seed", default=0, show_default=True, help="Of generated inputs and order of timing."
+)
+
+
+def model_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --model."""
+    return click.option(
+        "--model",
+        type=click.Path(path_type=Path),
+        default=Path("merged"),
+        show_default=True,
+        help="Directory of a merged model.",
+    )(function)
+
+
+def invoked() -> str:
+    """Return the command line as typed, folders of this machine left out."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["lora-export", *words])
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Give a function that names the stage that begins; shown on stderr with its duration."""
+    from rich.console import Console
+
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    stages: list[tuple[str, float]] = []
+
+    def done() -> None:
+        if stages:
+            name, start = stages.pop()
+            console.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim]  {name}")
+
+    with console.status("starting") as status:
+
+        def say(stage: str) -> None:
+            done()
+            stages.append((stage, time.monotonic()))
+            status.update(stage)
+
+        yield say
+        done()
+
+
+def finish(certificate: "Certificate", *, as_json: bool, written: Path) -> int:
+    """Print the certificate as a table or as JSON; return the exit code that its verdicts mean."""
+    if as_json:
+        from lora_export import report
+
+        click.echo(report.render("json", certificate), nl=False)
+    else:
+        _print_tables(certificate)
+        passed = sum(verdict.passed for verdict in certificate.verdicts)
+        claim = "proven" if certificate.ok else "NOT PROVEN"
+        click.echo(f"{claim}: {passed} of {len(certificate.verdicts)} verdicts pass; {written}")
+    return 0 if certificate.ok else FAILED_VERDICT
+
+
+def print_plan(plan: "MergePlan", *, as_json: bool) -> None:
+    """Print what a merge would do to each tensor."""
+    rows = [
+        (step.operation, step.name, step.source or "-", step.dtype, list(step.shape))
+        for step in plan.steps
+    ]
+    rows += [("drop", "-", name, "", []) for name in plan.dropped]
+    if as_json:
+        keys = ("operation", "tensor", "base", "dtype", "shape")
+        steps = [dict(zip(keys, row, strict=True)) for row in rows]
+        click.echo(json.dumps({"schema": 1, "ok": True, "plan": steps, "notes": plan.notes}))
+        return
+    print_table(("operation", "tensor", "in the base", "dtype", "shape"), rows)
+    counts = Counter(row[0] for row in rows)
+    click.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
+    for note in plan.notes:
+        click.echo(note)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table on stdout."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=None)
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    console().print(table)
+
+
+def console() -> "Console":
+    """Return stdout's console: wide where it is no terminal, so that lines are not broken."""
+    from rich.console import Console
+
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(width=160, highlight=False)
+
+
+def _print_tables(certificate: "Certificate") -> None:
+    from rich.text import Text
+
+    colours = {"pass": "green", "fail": "bold red"}
+    print_table(
+        ("check", "subject", "verdict", "measured", "limit", "note"),
+        [
+            (
+                v.check,
+                v.subject,
+                Text(str(v.status), style=colours.get(str(v.status), "bold yellow")),
+                "-" if v.measured is None else f"{v.measured:.4g}",
+                "-" if v.limit is None else f"{v.limit:.4g} {v.unit}",
+                v.note,
+            )
+            for v in certificate.verdicts
+        ],
+    )
+    if certificate.measurements:
+        click.echo()
+        print_table(
+            ("measurement", "subject", "value", "samples"),
+            [
+                (m.name, m.subject, f"{m.value:.4g} {m.unit}", m.samples)
+                for m in certificate.measurements
+            ],
+        )
+    click.echo()

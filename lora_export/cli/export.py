@@ -1,0 +1,67 @@
+"""The command `export`, and the command that each exporter has under its own name."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_export import exporters
+from lora_export.cli import _shared
+
+_EPILOG = "The written file is compared with the merged model in float64, on sentences and shapes."
+
+
+def _export(ctx: click.Context, name: str, options: dict[str, Any]) -> None:
+    as_json, quiet = options.pop("as_json"), options.pop("quiet")
+    with _shared.progress(quiet=quiet) as say:
+        say("loading torch and transformers")
+        from lora_export import pipeline
+
+        options["out"] = options["out"] or Path(f"model{exporters.load(name).SUFFIX}")
+        certificate = pipeline.export_file(name, **options, command=_shared.invoked(), say=say)
+    ctx.exit(_shared.finish(certificate, as_json=as_json, written=options["out"]))
+
+
+def _with_options(function: Any) -> Any:
+    out = click.option(
+        "--out", type=click.Path(path_type=Path), help="File to write. Default: model.SUFFIX."
+    )
+    for option in (
+        _shared.quiet_option,
+        _shared.json_option,
+        _shared.overwrite_option,
+        _shared.seed_option,
+        _shared.data_option,
+        out,
+        _shared.model_option,
+    ):
+        function = option(function)
+    return function
+
+
+@click.command("export", short_help="Export a merged model to any format.", epilog=_EPILOG)
+@click.option(
+    "--format", "name", required=True, type=click.Choice(exporters.names()), help="Artifact format."
+)
+@_with_options
+@click.pass_context
+def command(ctx: click.Context, /, name: str, **options: Any) -> None:
+    r"""Export a merged model to the given format.
+
+    \b
+    lora-export export --format onnx --out model.onnx
+    """
+    _export(ctx, name, options)
+
+
+def command_for(name: str) -> click.Command:
+    """Return the command that exports to the format `name`."""
+
+    @click.command(name, short_help=f"Export a merged model to {name}.", epilog=_EPILOG)
+    @_with_options
+    @click.pass_context
+    def exporting(ctx: click.Context, /, **options: Any) -> None:
+        _export(ctx, name, options)
+
+    exporting.help = f"Export a merged model to {name}.\n\n\b\nlora-export {name} --model merged"
+    return exporting

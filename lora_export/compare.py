@@ -1,0 +1,99 @@
+"""Recordings in, distances out: the arithmetic of the checks. Pure numpy.
+
+Comparisons are written so that NaN fails; names, shapes and finiteness come before values.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_export.records import UNMERGED, Array, Batch, Distance, Evidence, Recording, Timing
+
+# An artifact may deviate from the float64 reference by this many times what the unmerged model's
+# own precision costs. Another kernel, or another order of summation, sums the same products to
+# another rounding of the same size; a wrong scale, a dropped bias or a fused mask is 1e3 and more.
+NOISE_MULTIPLE = 8.0
+BOOTSTRAP_SAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def distance(reference: Recording, other: Recording, evidence: Evidence) -> Distance:
+    """Return how far `other` lies from `reference` over all batches of `evidence`.
+
+    Positions that the attention mask leaves out are not compared. A difference in batches, names,
+    shapes or finiteness is a defect, and so is a row in which no token is attended.
+    """
+    worst, compared, where = 0.0, 0, 0
+    if len(reference.outputs) != len(evidence.batches) or len(other.outputs) != len(
+        reference.outputs
+    ):
+        return Distance(np.inf, 0, f"{len(other.outputs)} of {len(evidence.batches)} batches")
+    for index, batch in enumerate(evidence.batches):
+        expected, found = reference.outputs[index], other.outputs[index]
+        if defect := _defect(batch, expected, found):
+            return Distance(np.inf, compared, f"batch {index} ({batch.note}): {defect}", index)
+        for name in expected:
+            error = np.abs(
+                valid(found[name], batch, evidence, name).astype(np.float64)
+                - valid(expected[name], batch, evidence, name).astype(np.float64)
+            )
+            compared += error.size
+            if error.size and not (float(error.max()) <= worst):
+                worst, where = float(error.max()), index
+    return Distance(worst, compared, "" if compared else "nothing was compared", where)
+
+
+def valid(output: Array, batch: Batch, evidence: Evidence, name: str) -> Array:
+    """Return `output` without its padded positions, where it has a sequence axis."""
+    specs = {spec.name: spec for spec in evidence.signature.outputs} if evidence.signature else {}
+    if name in specs and specs[name].axes[1:2] == ("sequence",):
+        attended: Array = output[batch.mask.astype(bool)]
+        return attended
+    return output
+
+
+def _defect(batch: Batch, expected: Mapping[str, Array], found: Mapping[str, Array]) -> str:
+    if not batch.mask.any(axis=1).all():
+        return "a row has no attended token, so its output is undefined"
+    if expected.keys() != found.keys():
+        return f"outputs {sorted(found)}, expected {sorted(expected)}"
+    for name, array in found.items():
+        if array.shape != expected[name].shape:
+            return f"{name} has shape {array.shape}, expected {expected[name].shape}"
+        for values in (array, expected[name]):
+            if bad := int(values.size - np.isfinite(values).sum()):
+                return f"{name} has {bad} values that are NaN or infinite"
+    return ""
+
+
+def noise_floor(evidence: Evidence) -> Distance:
+    """Return what the model's own precision costs: the distance of the `floor` recording.
+
+    At least one rounding of the largest output, so that a model without measurable noise does not
+    make every artifact fail.
+    """
+    reference, own = evidence.recordings["reference"], evidence.recordings[evidence.floor]
+    found = distance(reference, own, evidence)
+    if found.defect:
+        return found
+    largest = max(float(np.abs(a).max()) for out in reference.outputs for a in out.values())
+    precision = next(iter(own.outputs[0].values())).dtype
+    least = float(np.finfo(precision).eps) * largest
+    return Distance(max(found.largest, least), found.compared, "", found.batch)
+
+
+def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:
+    """Return the paired latency ratios of `runner` to `against`, one per round."""
+    paired: Array = np.divide(timing.samples_ms[runner], timing.samples_ms[against])
+    return paired
+
+
+def median_interval(values: Array, seed: int = 0) -> tuple[float, float, float]:
+    """Return the median of `values` and its 95 % bootstrap percentile interval.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
+    """
+    draws = np.random.default_rng(seed).choice(values, (BOOTSTRAP_SAMPLES, len(values)))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.median(draws, axis=1), [tail, 1 - tail])
+    return float(np.median(values)), float(low), float(high)

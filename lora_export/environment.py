@@ -1,0 +1,46 @@
+"""What a number was measured on: versions, processor, threads, load. No path, no host name."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "lora-export", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "safetensors",
+    "numpy",
+)  # fmt: skip
+# Instruction sets that change what a kernel computes, or how fast.
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """Return versions, processor, instruction sets, threads used and the present load."""
+    model, flags = _processor()
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "processor": model,
+        "instruction_sets": [flag for flag in _FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> tuple[str, set[str]]:
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() or "unknown", set()
+    lines = [line.partition(":") for line in info.read_text().splitlines() if ":" in line]
+    values = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    flags = values.get("flags", values.get("Features", ""))
+    return values.get("model name", platform.processor() or "unknown"), set(flags.split())

@@ -1,0 +1,77 @@
+"""Artifact formats, one file each. The file's name is the name for `export --format`.
+
+To add a format, add one file here with:
+
+    SUFFIX = ".onnx"                                    of the file it writes
+    export(model, signature, example, about, path)      write `path` (and files beside it);
+                                                        raises `ExportFailed`
+    inspect(path) -> Contents                           what the written file says about itself
+    open_runner(path, threads) -> Runner                something that runs it
+
+`model` takes tensors in the order of `signature.inputs` and returns a tensor, or a tuple of them,
+in the order of `signature.outputs`. `example` holds arrays for one call: two rows or more, an odd
+length, one row padded. `about` is text to store in the file: labels and provenance. Everything
+else (staging, digests, parity, latency, verdicts) follows from these.
+"""
+
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_export import registry, storage
+from lora_export.records import Artifact, TensorSpec
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a written artifact says about itself."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    names: tuple[str, ...]  # of operators, modules and tensors inside
+    facts: Mapping[str, Any]  # opset, versions
+
+
+def names() -> tuple[str, ...]:
+    """Return the known artifact formats: the files of this folder."""
+    return registry.names(__name__)
+
+
+def load(name: str) -> registry.Entry:
+    """Return the module of the format `name`; raises `InputError` for an unknown one."""
+    return registry.load(__name__, name)
+
+
+def describe(name: str, path: Path) -> Artifact:
+    """Return what was written to `path` in the format `name`, read back from the disk."""
+    contents: Contents = load(name).inspect(path)
+    files = sorted(file for file in path.parent.glob(f"{path.name}*") if file.is_file())
+    return Artifact(
+        format=name,
+        files=tuple(storage.digest(file) for file in files),
+        inputs=contents.inputs,
+        outputs=contents.outputs,
+        facts=dict(contents.facts),
+        lora_names=tuple(sorted(n for n in contents.names if "lora" in n.lower())),
+        leaked_paths=tuple(sorted({leak for file in files for leak in _leaks(file)})),
+    )
+
+
+def _leaks(file: Path) -> Iterator[str]:
+    """Yield the folders of this machine that the bytes of `file` mention."""
+    places = {Path.home(), Path.cwd(), Path(sys.prefix), Path(sys.base_prefix)}
+    places.add(Path(__file__).parent)
+    marks = {str(place) + "/" for place in places if place != Path(place.anchor)}
+    for content in _contents(file):
+        yield from (mark for mark in marks if mark.encode() in content)
+
+
+def _contents(file: Path) -> Iterator[bytes]:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            yield from (archive.read(entry) for entry in archive.namelist())
+    else:
+        yield file.read_bytes()

@@ -1,0 +1,130 @@
+"""ONNX through torch's exporter (torch.export, then onnxscript), opset 20, run by onnxruntime."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from lora_export.errors import ExportFailed
+from lora_export.exporters import Contents
+from lora_export.records import Array, Signature, TensorSpec
+from lora_export.runners.onnx import OnnxRunner
+
+SUFFIX = ".onnx"
+# Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
+OPSET = 20
+# A protobuf ends at 2 GiB; above this the weights go to a second file, NAME.onnx.data.
+MOST_BYTES_IN_ONE_FILE = 1_500_000_000
+# Node metadata of the exporter that carries the exporting machine's paths.
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"
+
+
+def export(
+    model: nn.Module,
+    signature: Signature,
+    example: Mapping[str, Array],
+    about: Mapping[str, str],
+    path: Path,
+) -> None:
+    """Write `model` to `path`, every string axis of the signature dynamic.
+
+    Raises:
+        ExportFailed: torch cannot export the model, or the checker refuses the result.
+    """
+    names = [spec.name for spec in signature.inputs]
+    axes = {
+        spec.name: {i: axis for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
+        for spec in signature.inputs
+    }
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                kwargs={name: torch.from_numpy(example[name]) for name in names},
+                dynamo=True,
+                dynamic_shapes=axes,
+                input_names=names,
+                output_names=[spec.name for spec in signature.outputs],
+                opset_version=OPSET,
+                verbose=False,
+            )
+            assert program is not None
+            _clean(program.model, about)
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            program.save(str(path), external_data=size > MOST_BYTES_IN_ONE_FILE)
+        onnx.checker.check_model(str(path), full_check=False)
+    except (torch.onnx.errors.OnnxExporterError, onnx.checker.ValidationError) as error:
+        raise ExportFailed(f"ONNX: {_first_line(error)}") from error
+
+
+def inspect(path: Path) -> Contents:
+    """Return the interface, the names and the versions that the file at `path` declares."""
+    try:
+        onnx.checker.check_model(str(path))
+        model = onnx.load(str(path), load_external_data=False)
+    except (onnx.checker.ValidationError, OSError, ValueError) as error:
+        raise ExportFailed(f"{path.name} is no valid ONNX file: {_first_line(error)}") from error
+    graph = model.graph
+    return Contents(
+        inputs=tuple(_spec(value) for value in graph.input),
+        outputs=tuple(_spec(value) for value in graph.output),
+        names=(
+            *(node.name for node in graph.node),
+            *(tensor.name for tensor in graph.initializer),
+            *(value for node in graph.node for value in node.output),
+        ),
+        facts={
+            "opset": next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")),
+            "ir_version": model.ir_version,
+            "nodes": len(graph.node),
+            "metadata": {entry.key: entry.value for entry in model.metadata_props},
+        },
+    )
+
+
+def open_runner(path: Path, threads: int) -> OnnxRunner:
+    """Return a runner for the file at `path`."""
+    return OnnxRunner(path, threads)
+
+
+def _clean(model: Any, about: Mapping[str, str]) -> None:
+    """Take out what names the exporting machine; put in what the user should find."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.pop(_STACK_TRACE, None)
+        node.doc_string = None
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            node.metadata_props.pop(_STACK_TRACE, None)
+    model.metadata_props.clear()
+    model.metadata_props.update(about)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    axes = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
+    return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), axes)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.__cause__ or error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what the exporter says about its own parts: absent torchvision, deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,80 @@
+"""From evidence to certificate, and again later from the files of a run. No torch, no model."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export import checks, codec, environment, measurements, report, storage
+from lora_export.errors import InputError
+from lora_export.records import Certificate, Evidence, FileDigest
+
+CERTIFICATE, REPORT, EVIDENCE = "certificate.json", "report.md", "evidence"
+Say = Callable[[str], None]
+
+
+def silent(stage: str) -> None:
+    """Say nothing: the default where nobody watches."""
+
+
+def certify(
+    evidence: Evidence,
+    scope: str,
+    command: str,
+    given: Sequence[FileDigest],
+    settings: Mapping[str, Any],
+    threads: int,
+) -> Certificate:
+    """Return the certificate over `evidence`."""
+    return Certificate(
+        command=command,
+        verdicts=checks.judge(evidence, scope),
+        measurements=measurements.measure(evidence),
+        inputs=tuple(given),
+        outputs=evidence.files,
+        environment=environment.describe(threads),
+        settings=settings,
+    )
+
+
+def digests_now(files: Sequence[FileDigest], folder: Path) -> tuple[FileDigest, ...]:
+    """Return the digests of those of `files` that are still in `folder`."""
+    return tuple(
+        storage.digest(folder / file.name, file.name)
+        for file in files
+        if (folder / file.name).is_file()
+    )
+
+
+def write_certificate(certificate: Certificate, folder: Path) -> None:
+    """Write certificate.json and report.md to `folder`."""
+    for name, kind in ((CERTIFICATE, "json"), (REPORT, "markdown")):
+        (folder / name).write_text(report.render(kind, certificate), "utf-8")
+
+
+def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
+    """Judge the run in `folder` again, from its evidence and from the files as they are now.
+
+    No model is loaded. The certificate and the report are written anew.
+
+    Raises:
+        InputError: there is no evidence in `folder`, or it is damaged.
+    """
+    folder = Path(folder)
+    say("judging recorded evidence")
+    if not folder.is_dir():
+        raise InputError(f"no run in {folder}: run `lora-export run` first, or pass --run")
+    evidence = codec.load(Evidence, folder / EVIDENCE, EVIDENCE)
+    evidence = dataclasses.replace(evidence, files_now=digests_now(evidence.files, folder))
+    old = storage.read_json(folder / CERTIFICATE)
+    try:
+        given = codec.from_json(tuple[FileDigest, ...], old["inputs"], {})
+        command, settings = str(old["command"]), dict(old["settings"])
+        surroundings = dict(old["environment"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / CERTIFICATE} is damaged: {error}") from error
+    certificate = dataclasses.replace(
+        certify(evidence, checks.RUN, command, given, settings, 1), environment=surroundings
+    )
+    write_certificate(certificate, folder)
+    return certificate

@@ -1,0 +1,26 @@
+"""Runtimes, one file each. A runner maps named arrays to named arrays.
+
+A runner is any object with two attributes and a method:
+
+    name: str                              "onnx"
+    precision: str                         what it really computes in: "float32"
+    run(inputs) -> dict[str, Array]
+
+It takes the number of threads when it is made, and keeps to it.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from lora_export.records import Array
+
+
+class Runner(Protocol):
+    """What every runtime offers."""
+
+    name: str
+    precision: str
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the named outputs for named inputs."""
+        ...

@@ -1,0 +1,35 @@
+"""An ONNX file, run by onnxruntime on the CPU."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime
+
+from lora_export.records import Array
+
+
+class OnnxRunner:
+    """Runs an ONNX graph; spinning is off, so that it does not steal a neighbour's core."""
+
+    name = "onnx"
+    precision = "float32"
+
+    def __init__(self, path: Path, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        self.outputs = [node.name for node in self.session.get_outputs()]
+        kind = self.session.get_outputs()[0].type
+        self.precision = {"tensor(float16)": "float16", "tensor(double)": "float64"}.get(
+            kind, "float32"
+        )
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the named outputs for named inputs."""
+        values = self.session.run(self.outputs, dict(inputs))
+        return dict(zip(self.outputs, values, strict=True))

@@ -1,0 +1,69 @@
+"""Latency as interleaved pairs: every runner once a round, in shuffled order."""
+
+import os
+import random
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_export.compare import median_interval, ratios
+from lora_export.inputs import TIMED, made
+from lora_export.records import UNMERGED, Signature, Timing
+from lora_export.runners import Runner
+
+WARM_UP = 5
+LEAST_ROUNDS, MOST_ROUNDS = 30, 200
+# More rounds are taken until the interval of every ratio is at most this wide to either side.
+HALF_WIDTH = 0.02
+MOST_SECONDS = 25.0  # for one shape, once the least rounds are done
+
+
+def threads() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure(
+    runners: Mapping[str, Runner], signature: Signature, *, threads: int, seed: int
+) -> tuple[Timing, ...]:
+    """Return the samples of all `runners` at each shape of `inputs.TIMED`, in milliseconds."""
+    return tuple(
+        _measure(runners, signature, batch, min(length, signature.max_length), threads, seed)
+        for batch, length in TIMED
+    )
+
+
+def _measure(
+    runners: Mapping[str, Runner],
+    signature: Signature,
+    batch: int,
+    length: int,
+    threads: int,
+    seed: int,
+) -> Timing:
+    arrays = made(signature, batch, length, "right", seed)
+    samples: dict[str, list[float]] = {name: [] for name in runners}
+    for runner in runners.values():
+        for _ in range(WARM_UP):
+            runner.run(arrays)
+    dice, order = random.Random(seed), list(runners)
+    start = time.monotonic()
+    while True:
+        dice.shuffle(order)
+        for name in order:
+            begin = time.perf_counter_ns()
+            runners[name].run(arrays)
+            samples[name].append((time.perf_counter_ns() - begin) / 1e6)
+        timing = Timing(batch, length, threads, {n: tuple(s) for n, s in samples.items()})
+        rounds = len(samples[UNMERGED])
+        if rounds < LEAST_ROUNDS or rounds % 10:
+            continue
+        late = time.monotonic() - start > MOST_SECONDS or rounds >= MOST_ROUNDS
+        if late or all(_is_narrow(timing, name) for name in runners if name != UNMERGED):
+            return timing
+
+
+def _is_narrow(timing: Timing, runner: str) -> bool:
+    _, low, high = median_interval(ratios(timing, runner))
+    return bool(np.isfinite(high)) and (high - low) / 2 <= HALF_WIDTH
