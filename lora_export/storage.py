@@ -7,6 +7,7 @@ JSON header, then the tensors' bytes).
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -38,6 +39,7 @@ LFS_POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 STAGING = ".staging-"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 # ---------------------------------------------------------------- reading
@@ -282,47 +284,62 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a path beside `out` to write a file or directory to; rename it to `out` at the end.
 
     When the block raises, what was written is removed and `out` is as it was, byte for byte.
-    Whatever else the block leaves beside the staged path, in the same staging directory, is
-    published too: an ONNX graph and its data file.
+    Whatever else the block leaves beside the staged path is published too: the data file of an
+    ONNX graph.
 
     Raises:
-        InputError: `out` exists and `overwrite` is false, or its parent cannot be written.
+        InputError: `out` exists and `overwrite` is false, its parent cannot be written, or the
+            disk is full.
     """
     refuse_existing(out, overwrite=overwrite)
-    parent = out.resolve().parent
+    parent = out.parent.resolve()
     staging = parent / f".{out.name}{STAGING}{secrets.token_hex(4)}"
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        _remove_empty(made)
-        raise InputError(f"cannot write to {parent}: {error.strerror}") from error
-    try:
-        yield staging / out.name
-        _publish(staging, parent, overwrite=overwrite)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+        with _as_input_error(out):
+            staging.mkdir(parents=True)
+        try:
+            yield staging / out.name
+        except OSError as error:
+            if error.errno in _DISK_ERRORS:
+                raise InputError(f"cannot write {out}: {error.strerror}") from error
+            raise
+        with _as_input_error(out):
+            _publish(staging, parent / out.name, overwrite=overwrite)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         _remove_empty(made)
 
 
-def _publish(staging: Path, parent: Path, *, overwrite: bool) -> None:
-    """Move every entry of `staging` to `parent`, the last one in a single rename."""
-    entries = sorted(staging.iterdir())
+def _publish(staging: Path, out: Path, *, overwrite: bool) -> None:
+    """Move every entry of `staging` beside `out`, the one named like `out` last."""
+    entries = sorted(staging.iterdir(), key=lambda entry: (entry.name == out.name, entry.name))
     for entry in entries:
-        refuse_existing(parent / entry.name, overwrite=overwrite)
-    old = staging / f"{STAGING}replaced"
+        refuse_existing(out.parent / entry.name, overwrite=overwrite)
     for entry in entries:
-        target = parent / entry.name
+        target = out.parent / entry.name
         if target.is_dir() and not target.is_symlink():
-            target.rename(old / entry.name if old.is_dir() else _made(old) / entry.name)
+            _swap(entry, target, staging / f"{STAGING}replaced")
+        else:
+            entry.replace(target)
+
+
+def _swap(entry: Path, target: Path, aside: Path) -> None:
+    """Put the directory `entry` in the place of the directory `target`, or leave that in place."""
+    target.rename(aside)
+    try:
         entry.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+@contextlib.contextmanager
+def _as_input_error(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
