@@ -54,10 +54,10 @@ def find(base: str, revision: str | None = None) -> Base:
         InputError: it is nowhere to be found; the message says where was looked.
     """
     folder = Path(base).expanduser()
-    if folder.is_dir():
+    if base and folder.is_dir():
         return Base(folder, None, "directory")
     if not _HUB_ID.fullmatch(base):
-        raise InputError(f"no such directory: {base}")
+        raise InputError(f"no such directory: {base!r}")
     for origin, path in _places(base, revision):
         if path is not None:
             return Base(path, base, origin)

@@ -30,7 +30,7 @@ def distance(reference: Recording, other: Recording, evidence: Evidence) -> Dist
         return Distance(np.inf, 0, f"{len(other.outputs)} of {len(evidence.batches)} batches")
     for index, batch in enumerate(evidence.batches):
         expected, found = reference.outputs[index], other.outputs[index]
-        if defect := _defect(batch, expected, found):
+        if defect := _defect(evidence, batch, expected, found):
             return Distance(np.inf, compared, f"batch {index} ({batch.note}): {defect}", index)
         for name in expected:
             error = np.abs(
@@ -45,19 +45,28 @@ def distance(reference: Recording, other: Recording, evidence: Evidence) -> Dist
 
 def valid(output: Array, batch: Batch, evidence: Evidence, name: str) -> Array:
     """Return `output` without its padded positions, where it has a sequence axis."""
-    specs = {spec.name: spec for spec in evidence.signature.outputs} if evidence.signature else {}
-    if name in specs and specs[name].axes[1:2] == ("sequence",):
+    if _is_sequence(evidence, name):
         attended: Array = output[batch.mask.astype(bool)]
         return attended
     return output
 
 
-def _defect(batch: Batch, expected: Mapping[str, Array], found: Mapping[str, Array]) -> str:
+def _is_sequence(evidence: Evidence, name: str) -> bool:
+    """Whether the second axis of the output `name` is the sequence."""
+    specs = evidence.signature.outputs if evidence.signature else ()
+    return any(spec.name == name and spec.axes[1:2] == ("sequence",) for spec in specs)
+
+
+def _defect(
+    evidence: Evidence, batch: Batch, expected: Mapping[str, Array], found: Mapping[str, Array]
+) -> str:
     if not batch.mask.any(axis=1).all():
         return "a row has no attended token, so its output is undefined"
     if expected.keys() != found.keys():
         return f"outputs {sorted(found)}, expected {sorted(expected)}"
     for name, array in found.items():
+        if _is_sequence(evidence, name) and array.shape[:2] != batch.mask.shape:
+            return f"{name} has shape {array.shape}, the mask {batch.mask.shape}"
         if array.shape != expected[name].shape:
             return f"{name} has shape {array.shape}, expected {expected[name].shape}"
         for values in (array, expected[name]):
@@ -76,9 +85,14 @@ def noise_floor(evidence: Evidence) -> Distance:
     found = distance(reference, own, evidence)
     if found.defect:
         return found
-    largest = max(float(np.abs(a).max()) for out in reference.outputs for a in out.values())
+    largest = max(
+        float(np.abs(valid(array, batch, evidence, name)).max())
+        for batch, out in zip(evidence.batches, reference.outputs, strict=True)
+        for name, array in out.items()
+    )
     precision = next(iter(own.outputs[0].values())).dtype
-    least = float(np.finfo(precision).eps) * largest
+    limits = np.finfo(precision)
+    least = max(float(limits.eps) * largest, float(limits.tiny))
     return Distance(max(found.largest, least), found.compared, "", found.batch)
 
 

@@ -108,6 +108,9 @@ def select(config: LoraConfig, paths: Iterable[str]) -> tuple[str, ...]:
             f"targets {list(config.targets)} with layers {config.layers} and exclude "
             f"{list(config.exclude)} select none of the {len(known)} linear modules"
         )
+    patterns = {*config.rank_pattern, *config.alpha_pattern}
+    if unused := [p for p in patterns if not _any(p, chosen, matches)]:
+        raise InputError("; ".join(no_match(pattern, chosen) for pattern in sorted(unused)))
     return chosen
 
 

@@ -25,6 +25,7 @@ def describe(threads: int) -> dict[str, Any]:
         "instruction_sets": [flag for flag in _FLAGS if flag in flags],
         "cores": os.cpu_count(),
         "threads": threads,
+        "openmp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 

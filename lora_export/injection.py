@@ -4,7 +4,7 @@ The base's weights are never copied and never changed here.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,7 +62,8 @@ def inject(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
         raise InputError("the model has LoRA layers already; detach or merge them first")
     saved = _parameters_of(model, config.modules_to_save)
     chosen = select(config, _candidates(model, config))
-    _refuse_bypassed(model, chosen)
+    if unsafe := _unsafe(model, chosen):
+        raise InputError(listed("cannot adapt", unsafe))
     layers = {
         path: replace(config, rank=config.rank_of(path), alpha=config.alpha_of(path))
         for path in chosen
@@ -83,16 +84,18 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     """
     if faults := _misfits(model, adapter):
         raise AdapterMismatch(listed("the adapter does not fit this model", faults))
-    detach(model)
     layers = {
         path: LoraConfig(pair.rank, pair.alpha, adapter.dropout, variant=adapter.variant)
         for path, pair in adapter.modules.items()
     }
+    detach(model)
     _install(model, layers, tuple(adapter.replaced), adapter.dropout)
     with torch.no_grad():
         for path, layer in lora_layers(model).items():
-            layer.lora_A.copy_(_tensor(adapter.modules[path].a))
-            layer.lora_B.copy_(_tensor(adapter.modules[path].b))
+            pair = adapter.modules[path]
+            layer.scale = pair.scale
+            layer.lora_A = _parameter(pair.a, layer.weight)
+            layer.lora_B = _parameter(pair.b, layer.weight)
         for name, value in adapter.replaced.items():
             model.get_parameter(name).copy_(_tensor(value))
 
@@ -240,10 +243,8 @@ def _candidates(model: nn.Module, config: LoraConfig) -> list[str]:
     for path, module in model.named_modules():
         if not layer_class(module) or _inside(path, config.modules_to_save):
             continue
-        if module is output:
-            if not any(matches(target, path) for target in named):
-                continue
-            _refuse_tied(model, path)
+        if module is output and not any(matches(target, path) for target in named):
+            continue
         paths.append(path)
     return paths
 
@@ -252,34 +253,26 @@ def _inside(path: str, modules: tuple[str, ...]) -> bool:
     return any(path == name or path.startswith(name + ".") for name in modules)
 
 
-def _refuse_tied(model: nn.Module, path: str) -> None:
-    weight = model.get_submodule(path).weight
-    every = model.named_parameters(remove_duplicate=False)
-    if twins := [n for n, p in every if p is weight and n != f"{path}.weight"]:
-        raise InputError(
-            f"{path} shares its weight with {', '.join(twins)}; an update of one would also move "
-            f"the other when merged. Untie them first, or leave {path} out of the targets"
-        )
-
-
-def _refuse_bypassed(model: nn.Module, paths: tuple[str, ...]) -> None:
-    """Refuse layers whose owner reads their weight without calling them."""
-    owners = {
-        path: type(parent).__name__
-        for path in paths
-        if isinstance(
-            parent := model.get_submodule(path.rpartition(".")[0]),
-            nn.TransformerEncoderLayer | nn.MultiheadAttention,
-        )
-    }
-    if owners:
-        raise InputError(
-            listed(
-                "in eval mode these layers' owners read the weight without calling the layer, and "
-                "an update would be skipped silently; exclude them",
-                [f"{path} (in {owner})" for path, owner in owners.items()],
+def _unsafe(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return why layers at `paths` must not be adapted: an update would be lost or leak."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    faults = []
+    for path in paths:
+        owner = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+            faults.append(
+                f"{path}: in eval mode {type(owner).__name__} reads its weight without calling it, "
+                "so an update would be skipped silently"
             )
-        )
+        twins = names[id(model.get_submodule(path).weight)]
+        if others := [name for name in twins if name != f"{path}.weight"]:
+            faults.append(
+                f"{path}: shares its weight with {', '.join(others)}, which an update would also "
+                "move when merged; untie them first"
+            )
+    return faults
 
 
 def _parameters_of(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...]:
@@ -309,6 +302,7 @@ def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
             linear = [name for name, m in modules.items() if layer_class(m)]
             faults.append(f"{path}: no linear module (near: {nearest(path, linear)})")
             continue
+        faults += _unsafe(model, [path])
         if shape != (pair.b.shape[0], pair.a.shape[1]):
             faults.append(
                 f"{path}: adapter is for (out, in) {(pair.b.shape[0], pair.a.shape[1])}, "
@@ -333,6 +327,13 @@ def _bytes(weight: Tensor) -> tuple[str, tuple[int, ...], bytes]:
 
 def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array)
+
+
+def _parameter(array: Array, weight: Tensor) -> nn.Parameter:
+    """Return `array` as a parameter on the device of `weight`, in the wider dtype of the two."""
+    value = torch.from_numpy(array)
+    dtype = torch.promote_types(value.dtype, weight.dtype)
+    return nn.Parameter(value.to(weight.device, dtype, copy=True))
 
 
 def _array(tensor: Tensor) -> Array:

@@ -27,6 +27,8 @@ class _LowRank(nn.Module):
             therefore still fits the model after injection.
         lora_A: (rank, in), Kaiming-uniform (a=sqrt(5)) or normal with deviation 1 / rank.
         lora_B: (out, rank), zero at the start, so that a fresh layer computes what its base does.
+
+    A fresh pair has the base's dtype. An attached adapter keeps its own where that is wider.
     """
 
     weight: Tensor
@@ -64,8 +66,9 @@ class _LowRank(nn.Module):
         result = functional.linear(x, self._transpose(self.weight), self.bias)
         if self.is_merged or not self.active:
             return result
-        update = functional.linear(functional.linear(self.dropout(x), self.lora_A), self.lora_B)
-        return result + update * self.scale
+        inner = functional.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)
+        update = functional.linear(inner, self.lora_B) * self.scale
+        return result + update.to(result.dtype)
 
     @property
     def is_merged(self) -> bool:

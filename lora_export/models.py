@@ -27,6 +27,11 @@ _TASK_TABLES = {
     "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
 }
 
+_VOCABULARIES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.model",
+)  # fmt: skip
+
 
 def architecture_of(adapter: Adapter, base: Path) -> str:
     """Return the transformers class that the adapter was trained in.
@@ -88,7 +93,12 @@ def load(base: Path, config: Any, *, provided: Mapping[str, Any] | None = None) 
     kind = _model_class(config.architectures[0])
     with quiet():
         model, report = kind.from_pretrained(
-            base, config=config, dtype="auto", local_files_only=True, output_loading_info=True
+            base,
+            config=config,
+            dtype="auto",
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, with what the caller provides left out
+            output_loading_info=True,
         )
     if missing := set(report["missing_keys"]) - set(provided or {}):
         raise AdapterMismatch(
@@ -110,9 +120,12 @@ def blank(config: Any) -> nn.Module:
 
 
 def tokenizer(base: Path) -> Any:
-    """Return the tokenizer in the directory `base`."""
+    """Return the tokenizer in the directory `base`; raises `InputError` where there is none."""
     from transformers import AutoTokenizer
 
+    # Without a vocabulary transformers builds a tokenizer that turns every word into [UNK].
+    if not any((base / name).is_file() for name in _VOCABULARIES):
+        raise InputError(f"no tokenizer in {base}: none of {', '.join(_VOCABULARIES)}")
     with quiet():
         return _loaded(AutoTokenizer, base, "tokenizer")
 
@@ -203,7 +216,7 @@ def _model_class(architecture: str) -> Any:
     import transformers
 
     kind = getattr(transformers, architecture, None)
-    if kind is None or not hasattr(kind, "from_pretrained"):
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise InputError(f"transformers {transformers.__version__} has no model {architecture!r}")
     return kind
 

@@ -5,9 +5,10 @@ cross-checked against the config. What cannot be merged exactly is refused with 
 Source: PEFT's `adapter_config.json` and `adapter_model.safetensors`, versions 0.4 to 0.21.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ _REFUSED = {
     "trainable_token_indices": "trainable tokens",
     "enable_lora": "MergedLinear of PEFT 0.2",
 }
+WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")  # tasks for which PEFT expects a head in the file
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -45,26 +47,31 @@ def read(
     Raises:
         InputError: with every fault that was found in names, shapes, values and config.
     """
-    faults = _config_faults(config)
+    unsound = _number_faults(config)
+    faults = [*_config_faults(config), *unsound]
     variant = "rslora" if config.get("use_rslora") else "lora"
     halves: dict[str, dict[str, Array]] = {}
     replaced: dict[str, Array] = {}
     for key, value in tensors.items():
         if not key.startswith(PREFIX):
             faults.append(f"{key}: does not begin with {PREFIX}")
+        elif value.dtype.kind != "f":
+            faults.append(f"{key}: dtype {value.dtype}; expected floats")
         elif not all_finite(value):
             bad = int(value.size - np.isfinite(value).sum())
             faults.append(f"{key}: {bad} of {value.size} values are NaN or infinite")
         elif pair := _PAIR.fullmatch(key.removeprefix(PREFIX)):
-            halves.setdefault(pair["path"], {})[pair["side"]] = value
+            halves.setdefault(pair["path"], {})[pair["side"]] = _wide(value)
         elif _LORA.search(key):
             faults.append(f"{key}: a kind of tensor that this version cannot merge")
         else:
-            replaced[key.removeprefix(PREFIX)] = value
+            replaced[key.removeprefix(PREFIX)] = _wide(value)
     modules = {}
     for path, sides in sorted(halves.items()):
         try:
-            modules[path] = _factors(path, sides, config, variant)
+            a, b = _pair(path, sides)
+            if not unsound:  # ranks and scales can be judged by sound numbers only
+                modules[path] = _factors(path, a, b, config, variant)
         except InputError as error:
             faults.append(str(error))
     if not halves:
@@ -80,8 +87,8 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     The commonest rank and alpha become `r` and `lora_alpha`; every other module gets a pattern
     that matches its path alone, so that no reader's order of patterns matters.
     """
-    rank = Counter(pair.rank for pair in adapter.modules.values()).most_common(1)[0][0]
-    alpha = Counter(pair.alpha for pair in adapter.modules.values()).most_common(1)[0][0]
+    rank = int(_commonest(pair.rank for pair in adapter.modules.values()))
+    alpha = _commonest(pair.alpha for pair in adapter.modules.values())
     odd_ranks = {p: m.rank for p, m in adapter.modules.items() if m.rank != rank}
     odd_alphas = {p: m.alpha for p, m in adapter.modules.items() if m.alpha != alpha}
     return {
@@ -96,12 +103,22 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": {re.escape(path): value for path, value in odd_ranks.items()},
         "alpha_pattern": {re.escape(path): value for path, value in odd_alphas.items()},
         "target_modules": sorted(adapter.modules),
-        "modules_to_save": sorted({n.rpartition(".")[0] for n in adapter.replaced}) or None,
+        "modules_to_save": _saved_modules(adapter) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def dropout_of(config: Mapping[str, Any], where: str) -> float:
+    """Return the dropout that the config states; raises `InputError` where it is none."""
+    value = config.get("lora_dropout")
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise InputError(f"{where}: lora_dropout is {value!r}; expected 0 <= dropout < 1")
+    return float(value)
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Array]:
@@ -121,21 +138,58 @@ def _config_faults(config: Mapping[str, Any]) -> list[str]:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
         faults.append(f"init_lora_weights is {init!r}, which changed the base before training")
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            faults.append(f"config: {name} is {value!r}; expected a number above 0")
     return faults
 
 
-def _factors(
-    path: str, sides: Mapping[str, Array], config: Mapping[str, Any], variant: str
-) -> Factors:
+def _number_faults(config: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for name in ("r", "lora_alpha"):
+        if not _is_positive(config.get(name)):
+            faults.append(f"config: {name} is {config.get(name)!r}; expected a number above 0")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
+            faults.append(f"config: {name} is {patterns!r}; expected patterns with numbers above 0")
+    return faults
+
+
+def _is_positive(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
+
+
+def _wide(value: Array) -> Array:
+    """Return `value` as float32, or float64 where it is that; both are exact."""
+    return value if value.dtype == np.float64 else value.astype(np.float32, copy=False)
+
+
+def _commonest(values: Iterable[float]) -> float:
+    """Return the value that occurs most often, the smallest of several: never a matter of order."""
+    return min(Counter(values).items(), key=lambda item: (-item[1], item[0]))[0]
+
+
+def _saved_modules(adapter: Adapter) -> list[str]:
+    """Return the modules that are stored whole, as PEFT wants them named.
+
+    For a task with a head PEFT wraps the whole head, so its parts must not be named apart.
+    """
+    modules = {name.rpartition(".")[0] for name in adapter.replaced}
+    if adapter.task_type in WITH_HEADS:
+        modules = {module.partition(".")[0] for module in modules}
+    return sorted(modules)
+
+
+def _pair(path: str, sides: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return A (rank, in) and B (out, rank), or raise `InputError`."""
     if missing := {"A", "B"} - sides.keys():
         raise InputError(f"{path}: lora_{missing.pop()} is missing")
     a, b = sides["A"], sides["B"]
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise InputError(f"{path}: lora_A {a.shape} and lora_B {b.shape} do not form a pair")
+    return a, b
+
+
+def _factors(path: str, a: Array, b: Array, config: Mapping[str, Any], variant: str) -> Factors:
     rank = a.shape[0]
     stated = _pattern(config, "rank_pattern", path, config.get("r"))
     if stated != rank:

@@ -208,6 +208,7 @@ def export_file(
             name: record(runner, batches),
         }
         evidence = Evidence(
+            modules=modules_of(subject.model),
             signature=subject.signature,
             artifacts=(artifact,),
             batches=batches,

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_export.errors import InputError
 
+EXPORTERS = "lora_export.exporters"  # listed by the command line, which loads none of them
 Entry = Any  # a module; what it must provide is said by the folder's own docstring
 
 

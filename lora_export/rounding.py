@@ -44,5 +44,6 @@ def ulp(exact: Array, dtype: str) -> Array:
     """Return the distance between neighbouring numbers of `dtype` at each float64 value."""
     fraction_bits, least = _FORMATS[dtype]
     _, exponent = np.frexp(np.abs(exact))
-    spacing: Array = np.ldexp(1.0, np.maximum(exponent - 1, least) - fraction_bits)
+    power = np.where(exact == 0, least, np.maximum(exponent - 1, least))
+    spacing: Array = np.ldexp(1.0, power - fraction_bits)
     return spacing

@@ -98,12 +98,18 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 raise InputError(f"{path} is not a safetensors file, or it is truncated")
             header = json.loads(stream.read(length))
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(
+            isinstance(text, str) for text in metadata.values()
+        ):
+            raise InputError(f"{path}: the safetensors metadata is damaged")
+        if not all(isinstance(text, str) for text in {**metadata}.values()):
+            raise InputError(f"{path}: the safetensors metadata is damaged")
         tensors = {
             name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()
         }
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: the safetensors header is damaged") from error
@@ -113,9 +119,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 def _tensor_info(path: Path, name: str, entry: Mapping[str, Any], data: int) -> TensorInfo:
     start, end = entry["data_offsets"]
-    info = TensorInfo(
-        name, entry["dtype"], tuple(entry["shape"]), path, data + int(start), data + int(end)
-    )
+    if not all(type(n) is int and n >= 0 for n in (start, end, *entry["shape"])):
+        raise InputError(f"{path}: {name} has a shape or a place that is no whole number")
+    info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, data + start, data + end)
     if info.dtype not in DTYPE_BYTES:
         raise InputError(f"{path}: {name} has the unknown dtype {info.dtype}")
     if info.end - info.start != math.prod(info.shape) * DTYPE_BYTES[info.dtype]:
@@ -144,29 +150,37 @@ class Checkpoint:
     @classmethod
     def open(cls, root: Path) -> "Checkpoint":
         """Read the headers of the checkpoint in the directory `root`."""
-        shards = _shard_names(root)
+        weight_map = _weight_map(root)
+        shards = tuple(sorted(set(weight_map.values()))) or (SINGLE,)
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
             found, _ = read_header(root / shard)
             if twice := tensors.keys() & found.keys():
                 raise InputError(listed(f"{root}: in two shards at once", twice))
             tensors |= found
+        if absent := [n for n, shard in weight_map.items() if _is_absent(tensors, n, shard)]:
+            raise InputError(listed(f"{root}: in the index, and not in the shard it names", absent))
         return cls(root, tensors, shards)
 
 
-def _shard_names(root: Path) -> tuple[str, ...]:
+def _is_absent(tensors: Mapping[str, TensorInfo], name: str, shard: str) -> bool:
+    return name not in tensors or tensors[name].file.name != shard
+
+
+def _weight_map(root: Path) -> dict[str, str]:
+    """Return the shard of every tensor, or nothing where one file holds them all."""
     if (root / SINGLE).is_file():
-        return (SINGLE,)
+        return {}
     index = root / INDEX
     if not index.is_file():
         raise InputError(f"{root} has neither {SINGLE} nor {INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map")
-    names = tuple(sorted(set(map(str, weight_map.values()))))
-    if outside := [name for name in names if Path(name).name != name]:
+    found = {name: str(shard) for name, shard in weight_map.items()}
+    if outside := {shard for shard in found.values() if Path(shard).name != shard}:
         raise InputError(listed(f"{index} names files outside of its directory", outside))
-    return names
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -178,7 +192,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(data)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object")

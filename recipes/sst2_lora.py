@@ -303,8 +303,11 @@ def write(
         model, args.out, base=BaseRef(id=base), labels=LABELS, task_type="SEQ_CLS", training=about
     )
     stem = args.out.with_suffix("")
-    curves = {"loss": state.losses, "dev_accuracy": state.accuracies}
-    Path(f"{stem}-metrics.json").write_text(json.dumps(about | curves, indent=1) + "\n")
+    curves = {
+        "dev_accuracy_by_step": state.accuracies,
+        "loss_by_step": [round(loss, 4) for loss in state.losses],
+    }
+    Path(f"{stem}-metrics.json").write_text(json.dumps(about | curves) + "\n")
     plot(state, Path(f"{stem}-training.png"))
 
 

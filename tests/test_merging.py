@@ -166,9 +166,7 @@ def test_the_same_inputs_give_the_same_bytes(from_files, tmp_path):
 
 def test_provenance_names_inputs_and_scale(from_files):
     known = json.loads((from_files[0] / "lora_export.json").read_text())
-    assert known["adapter"]["sha256"] == storage.sha256(
-        from_files[0].parent / "sst2.safetensors"
-    )
+    assert known["adapter"]["sha256"] == storage.sha256(from_files[0].parent / "sst2.safetensors")
     assert {entry["scale"] for entry in known["merged"].values()} == {2.0}
     assert known["placed"] == ["classifier.bias", "classifier.weight"]
 

@@ -248,12 +248,12 @@ def test_the_tokenizer_of_the_base_is_loaded(tiny_base):
 
 
 def test_a_directory_without_a_tokenizer_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="no usable tokenizer"):
+    with pytest.raises(InputError, match="no tokenizer in"):
         models.tokenizer(tmp_path)
 
 
 def test_a_model_without_a_tokenizer_is_an_input_error(base):
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         (base / name).unlink(missing_ok=True)
-    with pytest.raises(InputError, match="no usable tokenizer"):
+    with pytest.raises(InputError, match="no tokenizer in"):
         models.tokenizer(base)

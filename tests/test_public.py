@@ -9,9 +9,9 @@ import lora_export
 
 def loaded_after(statement: str) -> set[str]:
     """Return the names of the modules that a fresh interpreter has loaded after `statement`."""
-    code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
+    code = f"{statement}\nimport sys\nprint('LOADED', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(done.stdout.partition("LOADED")[2].split())
 
 
 @pytest.mark.parametrize("name", lora_export.__all__)

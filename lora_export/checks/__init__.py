@@ -4,6 +4,7 @@ To add a check, add one file here with:
 
     SCOPES = ("run",)                      commands that ask it: merge, export, run
     judge(evidence) -> list[Verdict]       at least one verdict; NOT_RUN where evidence is missing
+    applies(evidence) -> bool              optional: whether the question makes sense for this model
 
 and a test in which it passes, and one in which it fails.
 """
@@ -27,12 +28,16 @@ def judge(evidence: Evidence, scope: str) -> tuple[Verdict, ...]:
     found: list[Verdict] = []
     for name in names():
         check = registry.load(__name__, name)
-        if scope in check.SCOPES:
+        if scope in check.SCOPES and getattr(check, "applies", _always)(evidence):
             question: Callable[[Evidence], list[Verdict]] = check.judge
             verdicts = question(evidence)
             assert verdicts, f"the check {name} gave no verdict"
             found += verdicts
     return tuple(found)
+
+
+def _always(evidence: Evidence) -> bool:
+    return True
 
 
 def not_run(check: str, subject: str, why: str) -> Verdict:

@@ -10,6 +10,13 @@ SCOPES = (checks.EXPORT, checks.RUN)
 MOST_SHOWN = 3
 
 
+def applies(evidence: Evidence) -> bool:
+    """Return whether there is anything to decide: a regression has a single output."""
+    reference = evidence.recordings.get(REFERENCE)
+    outputs = [array for out in reference.outputs for array in out.values()] if reference else []
+    return not outputs or any(array.shape[-1] > 1 for array in outputs)
+
+
 def judge(evidence: Evidence) -> list[Verdict]:
     """Fail on a decision that differs, unless the reference's margin lies below the noise floor."""
     wanted = [artifact.format for artifact in evidence.artifacts]
@@ -19,6 +26,8 @@ def judge(evidence: Evidence) -> list[Verdict]:
     missing = {REFERENCE, evidence.floor, *wanted} - evidence.recordings.keys()
     if not wanted or not texts or missing:
         return [checks.not_run("decisions", "labels", "no recording on sentences")]
+    if not applies(evidence):
+        return [checks.not_run("decisions", "labels", "a single output decides nothing")]
     floor = noise_floor(evidence)
     if floor.defect:
         return [checks.not_run("decisions", "labels", floor.defect)]
@@ -38,7 +47,8 @@ def _judge(name: str, texts: list[int], floor: float, evidence: Evidence) -> Ver
             margins = np.diff(np.sort(expected, axis=-1)[..., -2:], axis=-1)[..., 0]
             differs = expected.argmax(-1) != found.argmax(-1)
             differs |= ~np.isfinite(found).all(-1)
-            counts = differs & ~(margins <= floor)
+            # A close call excuses a flip, never an answer that is no number.
+            counts = differs & (~(margins <= floor) | ~np.isfinite(found).all(-1))
             compared += differs.size
             flips += int(counts.sum())
             excused += int((differs & ~counts).sum())

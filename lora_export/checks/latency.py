@@ -2,7 +2,7 @@
 
 from lora_export import checks
 from lora_export.compare import median_interval, ratios
-from lora_export.records import UNMERGED, Evidence, Status, Timing, Verdict
+from lora_export.records import MERGED, UNMERGED, Evidence, Status, Timing, Verdict
 
 SCOPES = (checks.RUN,)
 # Merging is meant to save time, never to cost it; a tenth is what shared machines can tell apart.
@@ -18,7 +18,10 @@ def judge(evidence: Evidence) -> list[Verdict]:
         for runner in timing.samples_ms
         if runner != UNMERGED
     ]
-    return found or [checks.not_run("latency", "candidates", "nothing was timed")]
+    wanted = {MERGED, *(artifact.format for artifact in evidence.artifacts)}
+    timed = {runner for timing in evidence.timings for runner in timing.samples_ms}
+    found += [checks.not_run("latency", name, "was not timed") for name in sorted(wanted - timed)]
+    return found
 
 
 def _judge(timing: Timing, runner: str) -> Verdict:

@@ -9,9 +9,9 @@ SCOPES = (checks.MERGE, checks.EXPORT, checks.RUN)
 
 def judge(evidence: Evidence) -> list[Verdict]:
     """Fail where the module tree differs from the architecture's, or a name mentions LoRA."""
-    verdicts = [_merged(evidence.modules)] if evidence.modules else []
-    verdicts += [_artifact(artifact) for artifact in evidence.artifacts]
-    return verdicts or [checks.not_run("plain", "merged", "no module tree was recorded")]
+    if evidence.modules is None:
+        return [checks.not_run("plain", "merged", "no module tree was recorded")]
+    return [_merged(evidence.modules), *map(_artifact, evidence.artifacts)]
 
 
 def _merged(modules: Modules) -> Verdict:

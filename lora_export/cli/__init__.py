@@ -5,6 +5,7 @@ has a command of its own name as well, made from its file.
 """
 
 import json
+import os
 import signal
 import sys
 import traceback
@@ -13,7 +14,7 @@ from typing import Any
 
 import click
 
-from lora_export import __version__, exporters, registry
+from lora_export import __version__, registry
 from lora_export.errors import LoraExportError
 
 
@@ -22,14 +23,14 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return all names."""
-        return sorted({*registry.names(__name__), *exporters.names()})
+        return sorted({*registry.names(__name__), *registry.names(registry.EXPORTERS)})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Return the command `name`, or None where there is none."""
         if name in registry.names(__name__):
             command: click.Command = registry.load(__name__, name).command
             return command
-        if name in exporters.names():
+        if name in registry.names(registry.EXPORTERS):
             from lora_export.cli.export import command_for
 
             return command_for(name)
@@ -54,6 +55,9 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Two processes whose idle OpenMP threads spin slow each other tenfold on a shared machine. The
+    # library that reads this is loaded with torch, later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A polite kill cleans up like Ctrl-C does: staging folders are removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(_run(words))

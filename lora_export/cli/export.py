@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lora_export import exporters
+from lora_export import registry
 from lora_export.cli import _shared
 
 _EPILOG = "The written file is compared with the merged model in float64, on sentences and shapes."
@@ -17,7 +17,9 @@ def _export(ctx: click.Context, name: str, options: dict[str, Any]) -> None:
         say("loading torch and transformers")
         from lora_export import pipeline
 
-        options["out"] = options["out"] or Path(f"model{exporters.load(name).SUFFIX}")
+        options["out"] = options["out"] or Path(
+            f"model{registry.load(registry.EXPORTERS, name).SUFFIX}"
+        )
         certificate = pipeline.export_file(name, **options, command=_shared.invoked(), say=say)
     ctx.exit(_shared.finish(certificate, as_json=as_json, written=options["out"]))
 
@@ -41,7 +43,11 @@ def _with_options(function: Any) -> Any:
 
 @click.command("export", short_help="Export a merged model to any format.", epilog=_EPILOG)
 @click.option(
-    "--format", "name", required=True, type=click.Choice(exporters.names()), help="Artifact format."
+    "--format",
+    "name",
+    required=True,
+    type=click.Choice(registry.names(registry.EXPORTERS)),
+    help="Artifact format.",
 )
 @_with_options
 @click.pass_context

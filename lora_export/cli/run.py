@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from lora_export import exporters
+from lora_export import registry
 from lora_export.cli import _shared
 
 
@@ -23,7 +23,7 @@ from lora_export.cli import _shared
     "--format",
     "formats",
     multiple=True,
-    type=click.Choice(exporters.names()),
+    type=click.Choice(registry.names(registry.EXPORTERS)),
     default=("onnx", "torchscript"),
     show_default=True,
     help="Artifact format; may be given more than once.",

@@ -39,19 +39,24 @@ def read(path: Path) -> Adapter:
         raise InputError(f"{path}: adapter schema {schema!r}; this version reads {SCHEMA}")
     config = _json(metadata, "config", path, {})
     base = _json(metadata, "base", path, {})
-    if not isinstance(config, dict) or not isinstance(base, dict):
-        raise InputError(f"{path}: the metadata is damaged")
+    labels = _json(metadata, "labels", path, [])
+    training = _json(metadata, "training", path, {})
+    for name, value in (("config", config), ("base", base), ("training", training)):
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: metadata {_KEY}{name} is damaged")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise InputError(f"{path}: metadata {_KEY}labels is damaged")
     tensors = {name: info.array() for name, info in infos.items()}
     modules, replaced, variant = peft_names.read(tensors, config, str(path))
     return Adapter(
         modules=modules,
         replaced=replaced,
         variant=variant,
-        dropout=float(config.get("lora_dropout") or 0.0),
+        dropout=peft_names.dropout_of(config, str(path)),
         task_type=config.get("task_type"),
         base=_base(base, path),
-        labels=tuple(map(str, _json(metadata, "labels", path, []))),
-        training=_json(metadata, "training", path, {}),
+        labels=tuple(labels),
+        training=training,
         format="native",
         sha256=storage.sha256(path),
     )

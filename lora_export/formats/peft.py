@@ -35,7 +35,7 @@ def read(path: Path) -> Adapter:
         modules=modules,
         replaced=replaced,
         variant=variant,
-        dropout=float(config.get("lora_dropout") or 0.0),
+        dropout=peft_names.dropout_of(config, str(path)),
         task_type=config.get("task_type"),
         base=BaseRef(config.get("base_model_name_or_path"), config.get("revision")),
         format="peft",
@@ -45,9 +45,17 @@ def read(path: Path) -> Adapter:
 
 
 def write(adapter: Adapter, path: Path) -> None:
-    """Write `adapter` as a directory that PEFT loads with no missing and no unexpected key."""
+    """Write `adapter` as a directory that PEFT loads with no missing and no unexpected key.
+
+    Raises:
+        InputError: `path` exists.
+    """
+    storage.refuse_existing(path, overwrite=False)
     path.mkdir()
-    storage.write_json(path / CONFIG, peft_names.config_of(adapter))
+    config = peft_names.config_of(adapter)
+    if not adapter.replaced and adapter.task_type in peft_names.WITH_HEADS:
+        config["task_type"] = None  # PEFT would look for the head in the file
+    storage.write_json(path / CONFIG, config)
     tensors = peft_names.tensors_of(adapter)
     storage.write_safetensors(
         path / WEIGHTS,

@@ -1,0 +1,197 @@
+"""Evidence of a run that never happened, small enough to check by eye. Numpy only.
+
+Every number is a multiple of a power of two, so that deviations, floors and limits are exact.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from lora_export.records import (
+    IDLE,
+    MERGED,
+    REFERENCE,
+    UNMERGED,
+    Account,
+    Artifact,
+    Batch,
+    Certificate,
+    Evidence,
+    FileDigest,
+    Measurement,
+    Modules,
+    Recording,
+    Signature,
+    Status,
+    TensorSpec,
+    Timing,
+    Verdict,
+    WeightAudit,
+)
+
+NOISE = 2.0**-20  # how far the unmerged model lies from the reference: the noise floor
+LIMIT = 8 * NOISE
+TEXTS = ("Good film.", "Bad film.", "So | so.")
+LABELS = (1, 0, 1)
+LOGITS = (
+    np.array([[-2.0, 2.0], [1.5, -1.5], [0.25, 0.75]]),
+    np.array([[0.5, -0.25], [3.0, 1.0]]),
+)
+MASKS = (
+    np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]),
+    np.array([[1, 1, 1], [1, 1, 0]]),
+)
+FILES = (FileDigest("merged/model.safetensors", 100, "a" * 64), FileDigest("model.onnx", 9, "b"))
+
+
+def signature(**changes):
+    """A classifier with three inputs and one output."""
+    axes = ("batch", "sequence")
+    inputs = tuple(
+        TensorSpec(name, "int64", axes)
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+    )
+    outputs = (TensorSpec("logits", "float32", ("batch", 2)),)
+    made = Signature(inputs, outputs, max_length=64, vocab_size=50, pad_token_id=0)
+    return dataclasses.replace(made, **changes)
+
+
+def artifact(name="onnx", **changes):
+    """An artifact that declares what `signature` asks for."""
+    made = Artifact(
+        format=name,
+        files=(FileDigest("model.onnx", 2_000_000, "b"),),
+        inputs=signature().inputs,
+        outputs=signature().outputs,
+        facts={"opset": 20, "metadata": {"labels": ["negative", "positive"]}},
+        lora_names=(),
+        leaked_paths=(),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def batches():
+    """Three sentences, and two rows of a grid; the later rows of both are padded."""
+    arrays = [
+        {"input_ids": mask * 7, "attention_mask": mask, "token_type_ids": mask * 0}
+        for mask in MASKS
+    ]
+    return (
+        Batch("text", "sentences 1 to 3", arrays[0], TEXTS, LABELS),
+        Batch("grid", "batch 2, length 3, padding right", arrays[1]),
+    )
+
+
+def recording(name, outputs, dtype=np.float32):
+    """What the runner `name` answered: one array of logits per batch."""
+    answers = tuple({"logits": np.asarray(output, dtype)} for output in outputs)
+    return Recording(name, np.dtype(dtype).name, answers)
+
+
+def recordings(reference=LOGITS):
+    """The reference, and four others within the tolerance but for the idle one, far outside."""
+    return {
+        REFERENCE: recording(REFERENCE, reference, np.float64),
+        UNMERGED: recording(UNMERGED, [logits + NOISE for logits in reference]),
+        MERGED: recording(MERGED, [logits - NOISE for logits in reference]),
+        IDLE: recording(IDLE, [logits + 1 for logits in reference]),
+        "onnx": recording("onnx", [logits + 2 * NOISE for logits in reference]),
+    }
+
+
+def timing(rounds=30, **ratios):
+    """Samples of the unmerged model at about 8 ms, and of others at a multiple of each of them."""
+    own = [8.0 + (i % 5) / 4 for i in range(rounds)]
+    samples = {name: tuple(ratio * ms for ms in own) for name, ratio in ratios.items()}
+    return Timing(1, 32, 2, {UNMERGED: tuple(own), **samples})
+
+
+def audit(tensor="layer.0.query.weight", **changes):
+    """A merged tensor without a fault."""
+    made = WeightAudit(tensor, 64, misrounded=0, largest_ulp=0.5, unmoved=0, lost_share=1e-7)
+    return dataclasses.replace(made, **changes)
+
+
+def account(**changes):
+    """Two modules merged, a head placed, and every base tensor where it belongs."""
+    made = Account(
+        adapter_merged=("layer.0.query", "layer.0.value"),
+        adapter_placed=("classifier.weight",),
+        adapter_left=(),
+        base_changed=("layer.0.query.weight", "layer.0.value.weight"),
+        base_identical=("embeddings.weight",),
+        base_dropped={"embeddings.position_ids": "a buffer"},
+        base_damaged=(),
+        added=("classifier.weight",),
+        unexplained=(),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def evidence(**changes):
+    """Evidence that every check passes, with `changes` to its fields."""
+    tree = {"": "Classifier", "layer.0.query": "Linear"}
+    made = Evidence(
+        account=account(),
+        weights=(audit(),),
+        modules=Modules(tree, tree, ()),
+        signature=signature(),
+        artifacts=(artifact(),),
+        batches=batches(),
+        recordings=recordings(),
+        timings=(timing(merged=1.0, onnx=0.5),),
+        files=FILES,
+        files_now=FILES,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def per_token():
+    """The same, for a model that answers once per token: shape (batch, sequence, 2)."""
+    spec = TensorSpec("logits", "float32", ("batch", "sequence", 2))
+    spread = [
+        np.repeat(logits[:, None, :], mask.shape[1], axis=1)
+        for logits, mask in zip(LOGITS, MASKS, strict=True)
+    ]
+    return evidence(signature=signature(outputs=(spec,)), recordings=recordings(spread))
+
+
+def with_answer(found, runner, batch, array):
+    """`found`, but for what `runner` answered to one batch."""
+    old = found.recordings[runner]
+    outputs = list(old.outputs)
+    outputs[batch] = {"logits": array}
+    return with_recording(found, runner, dataclasses.replace(old, outputs=tuple(outputs)))
+
+
+def with_recording(found, runner, new):
+    """`found`, but for one recording; `None` leaves it out."""
+    kept = {name: old for name, old in found.recordings.items() if name != runner}
+    return dataclasses.replace(found, recordings=kept if new is None else kept | {runner: new})
+
+
+def moved(found, runner, batch, place, by):
+    """`found`, but for one element of what `runner` answered."""
+    array = found.recordings[runner].outputs[batch]["logits"].copy()
+    array[place] += by
+    return with_answer(found, runner, batch, array)
+
+
+def verdict(status=Status.PASS, **changes):
+    """A verdict of the given status."""
+    made = Verdict("parity", "onnx", status, 1.5, 8.0, "abs", 10, "as it should be")
+    return dataclasses.replace(made, **changes)
+
+
+def certificate(*verdicts, **changes):
+    """A certificate over `verdicts`."""
+    made = Certificate(
+        command="lora-export run --adapter sst2.safetensors",
+        verdicts=verdicts,
+        measurements=(Measurement("size", "onnx", 2.0, "MB", 1),),
+        inputs=(FileDigest("sst2.safetensors", 5, "c" * 64),),
+        outputs=FILES,
+        environment={"python": "3.12.0"},
+        settings={"seed": 0},
+    )
+    return dataclasses.replace(made, **changes)
