@@ -4,6 +4,7 @@ A field that is added to a record needs no line here. Reading checks every type,
 from an untrusted place gives an `InputError` and never a half-made record.
 """
 
+import contextlib
 import enum
 import types
 from collections.abc import Mapping
@@ -65,7 +66,8 @@ def from_json(hint: Any, value: Any, arrays: Mapping[str, Array], at: str = "") 
     if isinstance(hint, type) and issubclass(hint, enum.Enum) and value in [e.value for e in hint]:
         return hint(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if hint in (str, int, bool, type(None)) and type(value) is hint:
         return value
     raise InputError(f"the record is damaged at {at or '/'}: {str(value)[:60]!r}")

@@ -49,7 +49,10 @@ def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
 
 
 def _parse(text: str, file: Path) -> tuple[list[str], list[int]]:
-    rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    try:
+        rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    except csv.Error as error:
+        raise InputError(f"cannot read {file}: {error}") from error
     column = next((c for c in ("sentence", "text") if rows and c in rows[0]), None)
     if column is None:
         raise InputError(f"{file} needs a header with a column 'sentence' or 'text'")

@@ -15,6 +15,8 @@ def _latencies(evidence: Evidence) -> list[Measurement]:
     for timing in evidence.timings:
         shape = f"batch {timing.batch}, length {timing.sequence}"
         for runner, samples in timing.samples_ms.items():
+            if not samples:
+                continue
             for name, value in (("median", np.median(samples)), ("p90", np.quantile(samples, 0.9))):
                 found.append(
                     Measurement(
@@ -30,8 +32,10 @@ def _accuracies(evidence: Evidence) -> list[Measurement]:
     labels = [label for i in labelled for label in evidence.batches[i].labels]
     found = []
     for name, recording in evidence.recordings.items():
+        if not labelled or len(recording.outputs) != len(evidence.batches):
+            continue
         outputs = [next(iter(recording.outputs[i].values())) for i in labelled]
-        if not outputs or any(output.ndim != 2 for output in outputs):
+        if any(output.ndim != 2 or output.shape[1] < 2 for output in outputs):
             continue
         guesses = np.concatenate([output.argmax(-1) for output in outputs])
         share = float((guesses == np.asarray(labels)).mean())

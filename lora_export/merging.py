@@ -150,7 +150,7 @@ def _provenance(plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint) -> Ma
         "tool": f"lora-export {__version__}",
         "architecture": plan.architecture,
         "base": {
-            "id": adapter.base.id,
+            "id": adapter.base.public_id,
             "revision": adapter.base.revision,
             "fingerprint": mark.sha256 if mark else None,
             "files": {name: storage.sha256(checkpoint.root / name) for name in checkpoint.shards},

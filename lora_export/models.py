@@ -168,13 +168,18 @@ def signature_of(model: nn.Module, tokens: Any) -> Signature:
     batch or the sequence is dynamic, any other is fixed.
 
     Raises:
-        InputError: the model takes no token ids.
+        InputError: the model takes no token ids, or the tokenizer is not the model's.
     """
     accepted = inspect.signature(model.forward).parameters
     names = [name for name in tokens.model_input_names if name in accepted]
     if "input_ids" not in names or "attention_mask" not in names:
         raise InputError(f"{type(model).__name__} does not take input_ids and attention_mask")
     config: Any = model.config
+    if len(tokens) > config.vocab_size:
+        raise InputError(
+            f"the tokenizer knows {len(tokens)} tokens, the model {config.vocab_size}: they do not "
+            "belong together, or the embeddings were not resized"
+        )
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache is state, and not part of this signature
     pad = tokens.pad_token_id if tokens.pad_token_id is not None else 0

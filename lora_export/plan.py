@@ -189,7 +189,7 @@ def _check_fingerprint(
     message = (
         f"the base {checkpoint.root.name} is not the one that this adapter was trained on: "
         f"fingerprint {found.sha256[:16]}, expected {expected.sha256[:16]} "
-        f"({expected.tensors} tensors, {adapter.base.id or 'no id recorded'})"
+        f"({expected.tensors} tensors, {adapter.base.public_id or 'no id recorded'})"
     )
     if not allow:
         raise AdapterMismatch(f"{message}; --allow-base-mismatch merges all the same")

@@ -56,6 +56,12 @@ class BaseRef:
     architecture: str | None = None  # transformers class name of the model with its head
     fingerprint: Fingerprint | None = None
 
+    @property
+    def public_id(self) -> str | None:
+        """The id as it may stand in what we write: of a path, only the last component."""
+        is_path = self.id is not None and (self.id[:1] in "/.~" or self.id.count("/") > 1)
+        return self.id.rstrip("/").rsplit("/", 1)[-1] if self.id and is_path else self.id
+
 
 @dataclass(frozen=True)
 class Adapter:

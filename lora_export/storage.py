@@ -280,8 +280,8 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor], metadata: Mappin
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as indented JSON with sorted keys."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    """Write `value` as indented JSON, keys in the given order."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 # ---------------------------------------------------------------- publishing

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hand_made import evidence
+from hand_made import LOGITS, evidence, recordings
 
 from lora_export import checks, registry
 from lora_export.records import Evidence, Status
@@ -95,6 +95,21 @@ def test_a_scope_that_nobody_knows_gives_no_verdicts():
 def test_whatever_is_missing_from_a_run_it_does_not_pass(field, nothing):
     found = checks.judge(dataclasses.replace(evidence(), **{field: nothing}), checks.RUN)
     assert not all(verdict.passed for verdict in found)
+
+
+def test_a_check_whose_question_makes_no_sense_is_not_asked(monkeypatch):
+    senseless = SimpleNamespace(
+        SCOPES=(checks.RUN,), applies=lambda _: False, judge=lambda _: [checks.not_run("", "", "")]
+    )
+    monkeypatch.setattr(checks.registry, "load", lambda *_: senseless)
+    assert checks.judge(evidence(), checks.RUN) == ()
+
+
+def test_a_regression_can_pass_every_check_that_it_is_asked():
+    single = [logits[:, :1] for logits in LOGITS]
+    found = checks.judge(evidence(recordings=recordings(single)), checks.RUN)
+    assert [verdict.note for verdict in found if not verdict.passed] == []
+    assert {verdict.check for verdict in found} == {*checks.names()} - {"decisions"}
 
 
 def test_a_check_that_says_nothing_is_a_mistake(monkeypatch):

@@ -133,6 +133,25 @@ def test_a_model_with_a_single_output_has_no_decision_that_could_pass():
     assert statuses == {Status.NOT_RUN}
 
 
+def test_a_regression_is_not_asked_for_decisions_but_a_classifier_is():
+    single = [logits[:, :1] for logits in LOGITS]
+    assert not decisions.applies(evidence(recordings=recordings(single)))
+    assert decisions.applies(evidence())
+    assert decisions.applies(evidence(recordings={}))
+
+
+def test_a_flip_fails_beside_an_output_that_decides_nothing():
+    found = moved(evidence(), "onnx", 0, (1, 1), FLIP)
+    scored = {
+        name: dataclasses.replace(
+            old,
+            outputs=tuple({**out, "score": out["logits"][:, :1]} for out in old.outputs),
+        )
+        for name, old in found.recordings.items()
+    }
+    assert _judge(dataclasses.replace(found, recordings=scored)).status is Status.FAIL
+
+
 @pytest.mark.parametrize("missing", [REFERENCE, UNMERGED, "onnx"])
 def test_a_missing_recording_is_not_run(missing):
     found = decisions.judge(with_recording(evidence(), missing, None))

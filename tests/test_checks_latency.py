@@ -5,19 +5,23 @@ import pytest
 from hand_made import evidence, timing
 
 from lora_export.checks import latency
-from lora_export.records import UNMERGED, Status, Timing
+from lora_export.records import MERGED, UNMERGED, Status, Timing
 
 
 def _judge(*timings):
     return latency.judge(evidence(artifacts=(), timings=timings))
 
 
-def _of(ratios):
-    """A timing whose paired ratios are `ratios`."""
-    own = 8.0 + np.arange(len(ratios)) % 5 / 4
-    samples = {UNMERGED: tuple(own), "onnx": tuple(own * ratios)}
-    (verdict,) = _judge(Timing(8, 32, 2, samples))
+def _only(name, *timings):
+    (verdict,) = [v for v in _judge(*timings) if v.subject.startswith(name)]
     return verdict
+
+
+def _of(ratios):
+    """The verdict on a candidate whose paired ratios are `ratios`."""
+    own = 8.0 + np.arange(len(ratios)) % 5 / 4
+    samples = {UNMERGED: tuple(own), MERGED: tuple(own), "onnx": tuple(own * ratios)}
+    return _only("onnx", Timing(8, 32, 2, samples))
 
 
 def test_a_faster_candidate_passes():
@@ -57,7 +61,7 @@ def test_samples_are_compared_in_pairs():
     # The machine slows down tenfold half way; each round is as fast for both.
     slow = np.repeat([1.0, 10.0], 15)
     samples = {UNMERGED: tuple(8 * slow), "onnx": tuple(7 * slow)}
-    (verdict,) = _judge(Timing(1, 32, 2, samples))
+    verdict = _only("onnx", Timing(1, 32, 2, samples))
     assert (verdict.status, verdict.measured) == (Status.PASS, 0.875)
 
 
@@ -78,12 +82,12 @@ def test_a_time_that_is_no_number_does_not_pass():
 def test_samples_without_a_partner_are_not_run():
     found = timing(onnx=0.5)
     samples = dict(found.samples_ms) | {"onnx": found.samples_ms["onnx"][:-1]}
-    (verdict,) = _judge(dataclasses.replace(found, samples_ms=samples))
+    verdict = _only("onnx", dataclasses.replace(found, samples_ms=samples))
     assert verdict.status is Status.NOT_RUN
 
 
 def test_a_candidate_alone_is_not_run():
-    (verdict,) = _judge(Timing(1, 32, 2, {"onnx": (1.0,) * 30}))
+    verdict = _only("onnx", Timing(1, 32, 2, {"onnx": (1.0,) * 30}))
     assert verdict.status is Status.NOT_RUN
 
 
@@ -103,6 +107,19 @@ def test_each_shape_and_each_candidate_has_its_own_verdict():
     ]
 
 
-def test_an_artifact_that_was_never_timed_is_not_passed_over():
-    found = latency.judge(evidence(timings=(timing(merged=1.0),)))
+@pytest.mark.parametrize("timed", ["merged", "onnx"])
+def test_a_candidate_that_was_never_timed_is_not_passed_over(timed):
+    found = {
+        v.subject: v.status for v in latency.judge(evidence(timings=(timing(**{timed: 1.0}),)))
+    }
+    (other,) = {"merged", "onnx"} - {timed}
+    assert found == {
+        f"{timed}, batch 1": Status.PASS,
+        f"{other}, batch 1": Status.NOT_RUN,
+    }
+
+
+def test_a_candidate_that_was_not_timed_at_every_shape_is_not_passed_over():
+    large = dataclasses.replace(timing(merged=1.0), batch=8)
+    found = latency.judge(evidence(timings=(timing(merged=1.0, onnx=0.5), large)))
     assert not all(verdict.passed for verdict in found)

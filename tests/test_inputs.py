@@ -203,13 +203,22 @@ def test_any_other_file_has_a_sentence_a_line(tmp_path):
         ("dev.tsv", "sentence\tlabel\n\t1\n", "no sentences, or an empty one"),
         ("a.txt", "", "no sentences, or an empty one"),
         ("a.txt", "good film\n\nbad film\n", "no sentences, or an empty one"),
-        ("a.txt", b"caf\xe9\n", "cannot read"),
-        ("dev.tsv", "sentence\n" + 200_000 * "x" + "\n", "."),
     ],
 )
 def test_a_file_that_holds_no_sentences_is_refused(tmp_path, name, content, said):
     path = _write(tmp_path, content, name)
     with pytest.raises(InputError, match=f"{name}.*{said}"):
+        inputs.read_texts(path)
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*a\.txt"):
+        inputs.read_texts(_write(tmp_path, b"caf\xe9\n", "a.txt"))
+
+
+def test_a_field_longer_than_csv_can_read_is_refused(tmp_path):
+    path = _write(tmp_path, "sentence\n" + 200_000 * "x" + "\n")
+    with pytest.raises(InputError, match=r"dev\.tsv"):
         inputs.read_texts(path)
 
 

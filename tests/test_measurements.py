@@ -64,6 +64,12 @@ def test_an_answer_per_token_has_no_accuracy():
     assert _named(per_token(), "accuracy") == {}
 
 
+def test_a_model_with_a_single_output_has_no_accuracy():
+    single = [logits[:, :1] for logits in LOGITS]
+    found = evidence(recordings={"onnx": recording("onnx", single)})
+    assert _named(found, "accuracy") == {}
+
+
 def test_a_recording_that_lacks_a_batch_has_no_accuracy():
     # The checks fail such a recording; the certificate that says so has to be written all the same.
     short = {**evidence().recordings, "onnx": recording("onnx", [])}

@@ -20,12 +20,12 @@ def _factors(**changes):
 
 @pytest.mark.parametrize("status", Status)
 def test_a_verdict_refuses_to_be_taken_for_a_truth_value(status):
-    with pytest.raises(TypeError, match="neither true nor false; ask for .passed"):
+    with pytest.raises(TypeError, match=r"neither true nor false; ask for \.passed"):
         bool(verdict(status))
 
 
 def test_a_verdict_cannot_stand_in_a_condition():
-    with pytest.raises(TypeError, match="ask for .passed"):
+    with pytest.raises(TypeError, match=r"ask for \.passed"):
         all([verdict(), verdict()])
 
 

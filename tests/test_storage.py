@@ -314,9 +314,9 @@ def test_a_file_that_holds_no_json_object_is_an_input_error(tmp_path, content, m
         storage.read_json(tmp_path / "x.json")
 
 
-def test_json_is_written_with_sorted_keys(tmp_path):
+def test_json_is_written_in_the_given_order(tmp_path):
     storage.write_json(tmp_path / "x.json", {"b": 1, "a": "ä"})
-    assert (tmp_path / "x.json").read_bytes() == '{\n  "a": "ä",\n  "b": 1\n}\n'.encode()
+    assert (tmp_path / "x.json").read_bytes() == '{\n  "b": 1,\n  "a": "ä"\n}\n'.encode()
 
 
 # ---------------------------------------------------------------- digests

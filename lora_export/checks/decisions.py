@@ -1,10 +1,12 @@
 """Does each candidate decide as the reference does on real sentences?"""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from lora_export import checks
 from lora_export.compare import noise_floor, valid
-from lora_export.records import MERGED, REFERENCE, Evidence, Recording, Verdict
+from lora_export.records import MERGED, REFERENCE, Array, Evidence, Recording, Verdict
 
 SCOPES = (checks.EXPORT, checks.RUN)
 MOST_SHOWN = 3
@@ -13,8 +15,7 @@ MOST_SHOWN = 3
 def applies(evidence: Evidence) -> bool:
     """Return whether there is anything to decide: a regression has a single output."""
     reference = evidence.recordings.get(REFERENCE)
-    outputs = [array for out in reference.outputs for array in out.values()] if reference else []
-    return not outputs or any(array.shape[-1] > 1 for array in outputs)
+    return not reference or not reference.outputs or any(map(_deciding, reference.outputs))
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -41,7 +42,7 @@ def _judge(name: str, texts: list[int], floor: float, evidence: Evidence) -> Ver
         return checks.counted("decisions", name, 1, 0, "flips", "outputs differ in number or shape")
     for index in texts:
         batch = evidence.batches[index]
-        for output in reference.outputs[index]:
+        for output in _deciding(reference.outputs[index]):
             expected = valid(reference.outputs[index][output], batch, evidence, output)
             found = valid(other.outputs[index][output], batch, evidence, output)
             margins = np.diff(np.sort(expected, axis=-1)[..., -2:], axis=-1)[..., 0]
@@ -63,6 +64,11 @@ def _judge(name: str, texts: list[int], floor: float, evidence: Evidence) -> Ver
     if shown:
         note += "; differs: " + ", ".join(shown[:MOST_SHOWN])
     return checks.counted("decisions", name, flips, compared, "flips", note)
+
+
+def _deciding(outputs: Mapping[str, Array]) -> list[str]:
+    """Return the names of the outputs that choose among several values."""
+    return [name for name, array in outputs.items() if array.shape[-1] > 1]
 
 
 def _broken(reference: Recording, other: Recording) -> bool:

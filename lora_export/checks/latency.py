@@ -12,16 +12,14 @@ LEAST_ROUNDS = 10
 
 def judge(evidence: Evidence) -> list[Verdict]:
     """Pass where the whole interval of the ratio lies below the limit, fail where it lies above."""
-    found = [
+    wanted = {MERGED, *(artifact.format for artifact in evidence.artifacts)}
+    if not evidence.timings:
+        return [checks.not_run("latency", name, "was not timed") for name in sorted(wanted)]
+    return [
         _judge(timing, runner)
         for timing in evidence.timings
-        for runner in timing.samples_ms
-        if runner != UNMERGED
+        for runner in sorted((wanted | timing.samples_ms.keys()) - {UNMERGED})
     ]
-    wanted = {MERGED, *(artifact.format for artifact in evidence.artifacts)}
-    timed = {runner for timing in evidence.timings for runner in timing.samples_ms}
-    found += [checks.not_run("latency", name, "was not timed") for name in sorted(wanted - timed)]
-    return found
 
 
 def _judge(timing: Timing, runner: str) -> Verdict:

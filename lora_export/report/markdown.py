@@ -52,4 +52,9 @@ def number(value: float | None) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     cells = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells)
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in cells)
+
+
+def _cell(text: str) -> str:
+    """Return `text` so that neither a bar nor a line break in it ends its cell."""
+    return " ".join(text.splitlines()).replace("|", "\\|")

@@ -1,0 +1,148 @@
+"""README, --help and behaviour agree: what a document says is run, or compared with what is."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from lora_export import checks, cli, exporters, formats, registry, storage
+from lora_export.adapter import read_adapter
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = [README, (ROOT / "CONTRIBUTING.md").read_text("utf-8")]
+DOCUMENTS.append((ROOT / "artifacts" / "README.md").read_text("utf-8"))
+BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.S)
+
+
+def commands() -> list[str]:
+    """Return every `lora-export …` line of the documents' code blocks."""
+    blocks = [block for text in DOCUMENTS for block in re.findall(r"```\w*\n(.*?)```", text, re.S)]
+    found = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    parts = [part for line in found for part in line.split("&&")]
+    wanted = re.compile(r"\s*(?:- run: |\$ )?(?:\.venv/bin/)?lora-export ")
+    return sorted({wanted.sub("", part.split(" #")[0]) for part in parts if wanted.match(part)})
+
+
+def find(name: str) -> click.Command:
+    command = cli.cli.get_command(click.Context(cli.cli), name)
+    assert command is not None, name
+    return command
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_in_a_document_can_be_parsed(line):
+    words = shlex.split(line)
+    if words[0].startswith("-"):
+        return
+    command = find(words[0])
+    context = command.make_context(words[0], list(words[1:]), resilient_parsing=False)
+    assert context.params
+
+
+def test_a_wrong_option_in_a_document_would_be_found():
+    with pytest.raises(click.NoSuchOption, match="--adaptor"):
+        find("merge").make_context("merge", ["--adaptor", "x"])
+
+
+@pytest.mark.parametrize("name", cli.cli.list_commands(click.Context(cli.cli)))
+def test_every_command_has_help_with_an_example_and_is_in_the_readme(name):
+    command = find(name)
+    assert f"lora-export {name}" in (command.help or "")
+    assert f"lora-export {name}" in README
+
+
+@pytest.mark.parametrize("name", cli.cli.list_commands(click.Context(cli.cli)))
+def test_every_option_has_help(name):
+    silent = [p.name for p in find(name).params if isinstance(p, click.Option) and not p.help]
+    assert silent == []
+
+
+def test_every_check_exporter_and_format_is_in_the_readme():
+    names = (*checks.names(), *exporters.names(), *formats.names())
+    assert [name for name in names if f"`{name}`" not in README] == []
+
+
+def test_the_exit_codes_of_help_and_readme_are_those_of_the_errors():
+    from lora_export import errors
+
+    for kind in (
+        errors.InputError,
+        errors.AdapterMismatch,
+        errors.ExportFailed,
+        errors.CheckFailed,
+    ):
+        assert re.search(rf"^\| {kind.exit_code} \|", README, re.M)
+        assert re.search(rf"\b{kind.exit_code} \w", cli.cli.help or "")
+
+
+def test_there_are_exactly_two_commands_for_a_fresh_machine():
+    fresh = [block for block in BLOCKS if "-m venv" in block]
+    assert len(fresh) == 2
+    assert "lora-export run --adapter artifacts/sst2.safetensors" in fresh[0]
+    assert "pytest" in fresh[1]
+    for block in fresh:
+        assert block.index("torch==2.13.0") < block.index(".[")
+
+
+def test_the_output_shown_has_the_verdicts_that_a_run_gives():
+    shown = next(block for block in BLOCKS if "verdicts pass" in block)
+    shipped = json.loads((ROOT / "artifacts" / "sst2-certificate.json").read_text())
+    expected = {(v["check"], v["subject"]) for v in shipped["verdicts"]}
+    rows = re.findall(r"^ (\w+) +(\S[^\n]*?) {2,}(pass|fail|inconclusive|not run)\b", shown, re.M)
+    assert {(check, subject) for check, subject, _ in rows} == expected
+    assert {status for _, _, status in rows} == {"pass"}
+    assert f"{len(expected)} of {len(expected)} verdicts pass" in shown
+
+
+def test_the_card_states_what_the_adapter_carries():
+    card = (ROOT / "artifacts" / "README.md").read_text("utf-8")
+    file = ROOT / "artifacts" / "sst2.safetensors"
+    about = read_adapter(file).training
+    assert f"**{about['dev_accuracy']:.2%}**".replace("%", " %") in card
+    assert f"{about['trainable_parameters']:,} of" in card
+    assert f"{about['trainable_ratio']:.3%}".replace("%", " %") in card
+    assert about["command"] in card
+    digest = storage.sha256(file)
+    assert f"`{digest[:8]}…{digest[-4:]}`" in card
+
+
+def test_the_shipped_certificate_is_of_the_shipped_adapter():
+    shipped = json.loads((ROOT / "artifacts" / "sst2-certificate.json").read_text())
+    assert shipped["ok"] is True
+    digests = {file["name"]: file["sha256"] for file in shipped["inputs"]}
+    assert digests["sst2.safetensors"] == storage.sha256(ROOT / "artifacts" / "sst2.safetensors")
+
+
+def test_the_figures_of_the_readme_are_those_of_the_shipped_certificate():
+    shipped = json.loads((ROOT / "artifacts" / "sst2-certificate.json").read_text())
+    found = {(m["name"], m["subject"]): m["value"] for m in shipped["measurements"]}
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) % \| ([\d.]+) ms \| ([\d.]+) ms \|", README, re.M)
+    assert {row[0] for row in rows} == {"unmerged", "merged", "torchscript", "onnx"}
+    for runner, accuracy, one, eight in rows:
+        assert f"{100 * found['accuracy', runner]:.2f}" == accuracy
+        for batch, stated in ((1, one), (8, eight)):
+            value = found["latency median", f"{runner}, batch {batch}, length 32"]
+            assert f"{value:.1f}" == stated
+
+
+def test_contributing_is_short():
+    assert len(DOCUMENTS[1].splitlines()) <= 80
+
+
+def test_the_changelog_has_the_version():
+    from lora_export import __version__
+
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_ci_calls_the_command_of_the_readme():
+    assert "awk '/^## Test it/" in (ROOT / ".ci" / "run").read_text()
+    assert "bash .ci/run" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_folders_are_registries():
+    assert registry.names("lora_export.report") == ("json", "markdown")

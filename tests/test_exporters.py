@@ -1,0 +1,185 @@
+"""What every exporter must do, asked of each file in the folder."""
+
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+
+from lora_export import exporters, inputs, pipeline
+from lora_export.errors import ExportFailed, InputError
+from lora_export.records import Artifact
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_base, tiny_adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    path, _ = tiny_adapter(folder, str(tiny_base))
+    pipeline.merge_files(path, out=folder / "merged")
+    return pipeline.load_subject(folder / "merged")
+
+
+@pytest.fixture(scope="module", params=exporters.names())
+def exported(request, subject, tmp_path_factory) -> tuple[str, Artifact, object]:
+    folder = tmp_path_factory.mktemp(request.param)
+    artifact = pipeline.export_stage(request.param, subject, folder)
+    return request.param, artifact, folder / artifact.files[0].name
+
+
+def answers(subject, exported, batch):
+    name, _, path = exported
+    runner = exporters.load(name).open_runner(path, 1)
+    found, expected = runner.run(batch.arrays), subject.runner("merged").run(batch.arrays)
+    return found["logits"], expected["logits"]
+
+
+@pytest.mark.parametrize("shape", inputs.GRID, ids=str)
+def test_every_shape_and_padding_gives_the_models_answer(subject, exported, shape):
+    batch = inputs.grid_batches(subject.signature, seed=1)[inputs.GRID.index(shape)]
+    found, expected = answers(subject, exported, batch)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-5)
+
+
+def test_the_answers_depend_on_the_input(subject, exported):
+    batches = inputs.grid_batches(subject.signature, seed=1)
+    found, _ = answers(subject, exported, batches[8])
+    assert found.std(axis=0).min() > 1e-2
+
+
+def test_nothing_in_the_artifact_is_named_after_lora(exported):
+    assert exported[1].lora_names == ()
+
+
+def test_no_path_of_this_machine_is_in_the_artifact(exported):
+    assert exported[1].leaked_paths == ()
+
+
+def test_inputs_and_outputs_have_the_names_of_the_signature(subject, exported):
+    _, artifact, _ = exported
+    names = [[spec.name for spec in side] for side in (artifact.inputs, artifact.outputs)]
+    assert names == [["input_ids", "token_type_ids", "attention_mask"], ["logits"]]
+
+
+def test_labels_and_provenance_are_in_the_metadata(exported):
+    metadata = exported[1].facts["metadata"]
+    assert metadata["lora_export.labels"] == '["negative", "positive"]'
+    assert '"sha256"' in metadata["lora_export.adapter"]
+
+
+def test_the_digests_are_those_of_the_files(exported):
+    import hashlib
+
+    _, artifact, path = exported
+    assert artifact.files[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_damaged_file_is_an_export_failure(exported, tmp_path):
+    name, _, path = exported
+    broken = tmp_path / path.name
+    broken.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    with pytest.raises(ExportFailed, match=broken.name):
+        exporters.load(name).inspect(broken)
+
+
+def test_an_unknown_format_names_the_known_ones():
+    with pytest.raises(InputError, match="onnx, torchscript"):
+        exporters.load("savedmodel")
+
+
+def test_a_path_of_this_machine_would_be_found(exported, tmp_path):
+    name, _, path = exported
+    leaky = tmp_path / path.name
+    if name == "onnx":
+        model = onnx.load(path)
+        model.doc_string = str(tmp_path.home() / "secret")
+        onnx.save(model, leaky)
+        assert exporters.describe(name, leaky).leaked_paths
+    else:
+        import zipfile
+
+        leaky.write_bytes(path.read_bytes())
+        with zipfile.ZipFile(leaky, "a") as archive:
+            archive.writestr(f"{path.stem}/extra/note.txt", str(tmp_path.home() / "secret"))
+        assert exporters.describe(name, leaky).leaked_paths
+
+
+def test_a_lora_operator_would_be_found(tiny_base, tiny_adapter, tmp_path):
+    """Exporting the unmerged model is the mistake that this looks for."""
+    path, live = tiny_adapter(tmp_path, str(tiny_base))
+    pipeline.merge_files(path, out=tmp_path / "merged")
+    merged = pipeline.load_subject(tmp_path / "merged")
+    unmerged = pipeline.Subject(merged.folder, live.eval(), merged.tokens, merged.signature)
+    artifact = pipeline.export_stage("torchscript", unmerged, tmp_path)
+    assert any("lora_A" in name for name in artifact.lora_names)
+
+
+def test_onnx_states_its_opset_and_dynamic_axes(subject, tmp_path):
+    artifact = pipeline.export_stage("onnx", subject, tmp_path)
+    assert artifact.facts["opset"] >= 18
+    assert {spec.axes for spec in artifact.inputs} == {("batch", "sequence")}
+    assert artifact.outputs[0].axes == ("batch", 2)
+    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
+
+
+def test_a_large_onnx_model_gets_a_data_file_that_is_digested(subject, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporters.load("onnx"), "MOST_BYTES_IN_ONE_FILE", 1000)
+    artifact = pipeline.export_stage("onnx", subject, tmp_path)
+    assert [file.name for file in artifact.files] == ["model.onnx", "model.onnx.data"]
+    batch = inputs.grid_batches(subject.signature, seed=1)[3]
+    found, expected = answers(subject, ("onnx", artifact, tmp_path / "model.onnx"), batch)
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-5)
+
+
+def test_torchscript_runs_where_only_torch_is_imported(exported):
+    name, _, path = exported
+    if name != "torchscript":
+        pytest.skip("asks about TorchScript alone")
+    code = (
+        "import sys, torch\n"
+        f"model = torch.jit.load({str(path)!r})\n"
+        "ids = torch.randint(5, 90, (7, 11))\n"
+        "mask = torch.ones_like(ids)\n"
+        "mask[2, 4:] = 0\n"
+        "answer = model(input_ids=ids, token_type_ids=torch.zeros_like(ids), attention_mask=mask)\n"
+        "alone = model(ids[2:3, :4], torch.zeros_like(ids[2:3, :4]), mask[2:3, :4])\n"
+        "assert answer.shape == (7, 2) and torch.allclose(answer[2:3], alone, atol=1e-5)\n"
+        "assert not {'transformers', 'lora_export'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_the_same_model_gives_the_same_bytes_in_a_fresh_process(subject, tmp_path):
+    """Names inside a trace count up within one process, so each export gets its own."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lora_export import exporters, pipeline\n"
+        "subject = pipeline.load_subject(Path(sys.argv[1]))\n"
+        "for name in exporters.names():\n"
+        "    pipeline.export_stage(name, subject, Path(sys.argv[2]))\n"
+    )
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+        command = [sys.executable, "-W", "ignore", "-c", code, str(subject.folder), str(folder)]
+        subprocess.run(command, check=True, capture_output=True)
+    contents = [[file.read_bytes() for file in sorted(f.iterdir())] for f in folders]
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize(
+    "family", ["distilbert", "roberta", "gpt2-cls", "llama-cls", "gpt2", "opt"]
+)
+@pytest.mark.parametrize("name", exporters.names())
+def test_other_families_export_without_code_of_their_own(tiny, tiny_base, tmp_path, family, name):
+    import transformers
+
+    tiny(family).save_pretrained(tmp_path / "merged")
+    known = transformers.AutoTokenizer.from_pretrained(tiny_base).get_vocab()
+    tokens = transformers.BertTokenizerFast(
+        vocab={word: index for word, index in known.items() if index < 100},
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    tokens.save_pretrained(tmp_path / "merged")
+    certificate = pipeline.export_file(name, model=tmp_path / "merged", out=tmp_path / "out.bin")
+    assert certificate.ok, [v for v in certificate.verdicts if not v.passed]

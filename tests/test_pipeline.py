@@ -1,0 +1,259 @@
+"""The whole run on a tiny base: what it leaves behind, and what it refuses."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lora_export import checks, codec, exporters, judging, pipeline, storage, timing
+from lora_export.errors import AdapterMismatch, ExportFailed, InputError
+from lora_export.records import Evidence, Status
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Few rounds: what is timed here is not judged here."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(timing, "LEAST_ROUNDS", 20)
+    patch.setattr(timing, "MOST_ROUNDS", 20)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, tiny_adapter, tmp_path_factory, quick):
+    folder = tmp_path_factory.mktemp("run")
+    path, model = tiny_adapter(folder, str(tiny_base))
+    certificate = pipeline.run(path, out=folder / "run", command="lora-export run")
+    return folder / "run", certificate, model
+
+
+def test_every_verdict_but_the_timed_ones_passes(finished):
+    _, certificate, _ = finished
+    found = {(v.check, v.subject): v.status for v in certificate.verdicts if v.check != "latency"}
+    assert set(found.values()) == {Status.PASS}
+    assert {check for check, _ in found} == set(checks.names()) - {"latency"}
+
+
+def test_every_candidate_is_timed_at_batch_1_and_8(finished):
+    subjects = {v.subject for v in finished[1].verdicts if v.check == "latency"}
+    runners = ("merged", "onnx", "torchscript")
+    assert subjects == {f"{name}, batch {batch}" for name in runners for batch in (1, 8)}
+
+
+def test_a_run_leaves_these_files(finished):
+    names = {file.name for file in finished[0].iterdir()}
+    assert names == {
+        "merged", "model.onnx", "model.pt", "certificate.json", "report.md", "evidence",
+    }  # fmt: skip
+
+
+def test_nothing_is_left_beside_a_run(finished):
+    assert {f.name for f in finished[0].parent.iterdir()} == {"run", "sst2.safetensors"}
+
+
+def test_no_file_of_a_run_holds_a_path_of_this_machine(finished):
+    folder = finished[0]
+    marks = [str(folder.parent).encode(), str(folder.home()).encode() + b"/"]
+    guilty = [
+        file.name
+        for file in folder.rglob("*")
+        if file.is_file() and any(mark in file.read_bytes() for mark in marks)
+    ]
+    assert guilty == []
+
+
+def test_the_certificate_on_disk_is_the_one_returned(finished):
+    folder, certificate, _ = finished
+    written = json.loads((folder / "certificate.json").read_text())
+    assert written["ok"] == certificate.ok
+    assert len(written["verdicts"]) == len(certificate.verdicts)
+
+
+def test_the_certificate_digests_every_output(finished):
+    folder, certificate, _ = finished
+    for file in certificate.outputs:
+        assert storage.sha256(folder / file.name) == file.sha256
+    assert {"merged/model.safetensors", "model.onnx", "model.pt"} <= {
+        file.name for file in certificate.outputs
+    }
+
+
+def test_the_reference_is_the_unmerged_model_in_float64(finished, logits):
+    folder, _, model = finished
+    evidence = codec.load(Evidence, folder / "evidence", "evidence")
+    batch = evidence.batches[0]
+    inputs = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+    with torch.no_grad():
+        expected = model.double().eval()(**inputs).logits.numpy()
+    model.float()
+    found = evidence.recordings["reference"].outputs[0]["logits"]
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_saved_evidence_is_judged_the_same(finished):
+    folder, certificate, _ = finished
+    again = judging.check_run(folder)
+    assert again.verdicts == certificate.verdicts
+    assert again.environment == certificate.environment
+
+
+def test_a_file_that_was_changed_later_fails_the_gate(finished, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    with (copy / "model.onnx").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    assert not judging.check_run(copy).ok
+
+
+# ---------------------------------------------------------------- faults that a run must see
+
+
+def test_an_artifact_of_another_adapter_fails(finished, tiny_base, tiny_adapter, tmp_path):
+    """The exported file is right in itself, and not the one that this adapter makes."""
+    folder, _, _ = finished
+    other, _ = tiny_adapter(tmp_path, str(tiny_base), seed=5)
+    pipeline.merge_files(other, out=tmp_path / "merged")
+    subject = pipeline.load_subject(tmp_path / "merged")
+    artifact = pipeline.export_stage("torchscript", subject, tmp_path)
+    evidence = codec.load(Evidence, folder / "evidence", "evidence")
+    runner = pipeline.open_runners({"torchscript": artifact}, tmp_path, 1)["torchscript"]
+    swapped = {**evidence.recordings, "torchscript": pipeline.record(runner, evidence.batches)}
+    verdicts = checks.judge(dataclasses.replace(evidence, recordings=swapped), checks.RUN)
+    failed = {(v.check, v.subject) for v in verdicts if not v.passed and v.check != "latency"}
+    assert failed == {("parity", "torchscript"), ("decisions", "torchscript")}
+
+
+def test_an_exporter_that_loses_the_mask_fails(finished, monkeypatch, tmp_path):
+    folder, _, _ = finished
+    whole = exporters.load("torchscript").export
+
+    def careless(model, signature, example, about, path):
+        class Maskless(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, input_ids, token_type_ids, attention_mask):
+                return self.inner(input_ids, token_type_ids, torch.ones_like(attention_mask))
+
+        whole(Maskless(), signature, example, about, path)
+
+    monkeypatch.setattr(exporters.load("torchscript"), "export", careless)
+    certificate = pipeline.export_file(
+        "torchscript", model=folder / "merged", out=tmp_path / "model.pt"
+    )
+    assert {v.check for v in certificate.verdicts if not v.passed} >= {"parity"}
+    assert (tmp_path / "model.pt").is_file()
+
+
+def test_an_exporter_that_freezes_the_batch_fails(finished, monkeypatch, tmp_path):
+    folder, _, _ = finished
+    whole = exporters.load("torchscript").export
+
+    def careless(model, signature, example, about, path):
+        class Frozen(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, input_ids, token_type_ids, attention_mask):
+                answer = self.inner(input_ids, token_type_ids, attention_mask)
+                return answer[:1].expand(int(input_ids.shape[0]), 2)
+
+        whole(Frozen(), signature, example, about, path)
+
+    monkeypatch.setattr(exporters.load("torchscript"), "export", careless)
+    certificate = pipeline.export_file(
+        "torchscript", model=folder / "merged", out=tmp_path / "model.pt"
+    )
+    assert {v.check for v in certificate.verdicts if not v.passed} >= {"parity"}
+
+
+def test_an_exporter_that_fails_leaves_nothing(finished, monkeypatch, tmp_path):
+    def broken(*arguments):
+        raise ExportFailed("no such operator")
+
+    monkeypatch.setattr(exporters.load("onnx"), "export", broken)
+    with pytest.raises(ExportFailed, match="no such operator"):
+        pipeline.export_file("onnx", model=finished[0] / "merged", out=tmp_path / "deep" / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_an_existing_output_is_not_replaced(finished):
+    folder, certificate, _ = finished
+    with pytest.raises(InputError, match="exists; choose another name, or pass --overwrite"):
+        pipeline.run(folder.parent / "sst2.safetensors", out=folder)
+    assert storage.sha256(folder / "model.onnx") in {f.sha256 for f in certificate.outputs}
+
+
+def test_an_adapter_for_another_base_leaves_nothing(tiny_base, tiny_adapter, tmp_path):
+    path, _ = tiny_adapter(tmp_path, str(tiny_base))
+    other = tmp_path / "other"
+    transformers.BertModel(transformers.BertConfig.from_pretrained(tiny_base)).save_pretrained(
+        other
+    )
+    transformers.AutoTokenizer.from_pretrained(tiny_base).save_pretrained(other)
+    with pytest.raises(AdapterMismatch, match="is not the one that this adapter was trained on"):
+        pipeline.run(path, base=str(other), out=tmp_path / "run")
+    assert {f.name for f in tmp_path.iterdir()} == {"other", "sst2.safetensors"}
+
+
+def test_an_adapter_that_names_no_base_needs_one(tiny_adapter, tmp_path):
+    path, _ = tiny_adapter(tmp_path)
+    with pytest.raises(InputError, match="names no base model; pass --base"):
+        pipeline.open_job(path)
+
+
+def test_labels_that_the_model_lacks_are_refused(finished, tmp_path):
+    (tmp_path / "data.tsv").write_text("sentence\tlabel\na good film\t7\n")
+    with pytest.raises(InputError, match="labels outside 0 to 1: 7"):
+        pipeline.export_file(
+            "onnx",
+            model=finished[0] / "merged",
+            out=tmp_path / "m.onnx",
+            data=tmp_path / "data.tsv",
+        )
+
+
+def test_accuracy_is_measured_where_labels_are_given(finished, tmp_path):
+    (tmp_path / "data.tsv").write_text("sentence\tlabel\na good film\t1\na bad film\t0\n")
+    certificate = pipeline.export_file(
+        "torchscript", model=finished[0] / "merged", out=tmp_path / "m.pt",
+        data=tmp_path / "data.tsv",
+    )  # fmt: skip
+    found = {m.subject: m for m in certificate.measurements if m.name == "accuracy"}
+    assert found.keys() == {"reference", "merged", "torchscript"}
+    assert {m.samples for m in found.values()} == {2}
+
+
+def test_a_full_disk_is_an_input_error_and_leaves_nothing(finished, monkeypatch, tmp_path):
+    import errno
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "write_safetensors", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        pipeline.merge_files(finished[0].parent / "sst2.safetensors", out=tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_merge_leaves_nothing(finished, monkeypatch, tmp_path):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "write_safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.merge_files(finished[0].parent / "sst2.safetensors", out=tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
