@@ -99,17 +99,26 @@ def _array(value: Any, arrays: Mapping[str, Array], at: str) -> Array:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, arrays: Mapping[str, Array], at: str) -> Any:
-    for kind in kinds:
-        try:
+    if value is None and type(None) in kinds:
+        return None
+    possible = [kind for kind in kinds if kind is not type(None)]
+    for kind in possible[:-1]:
+        with contextlib.suppress(InputError):
             return from_json(kind, value, arrays, at)
-        except InputError as error:
-            last = error
-    raise last
+    return from_json(possible[-1], value, arrays, at)  # its message, where none fits
 
 
 def _record(kind: Any, value: Any, arrays: Mapping[str, Array], at: str) -> Any:
     names = {f.name for f in fields(kind)}
     if not isinstance(value, dict) or value.keys() != names:
-        raise InputError(f"the record is damaged at {at or '/'}: not a {kind.__name__}")
+        differing = sorted(set(value) ^ names) if isinstance(value, dict) else []
+        fields_named = f", fields {', '.join(map(str, differing))}" if differing else ""
+        raise InputError(
+            f"the record is damaged at {at or '/'}: not a {kind.__name__}{fields_named}"
+        )
     hints = get_type_hints(kind)
-    return kind(**{n: from_json(hints[n], value[n], arrays, f"{at}/{n}") for n in names})
+    found = {n: from_json(hints[n], value[n], arrays, f"{at}/{n}") for n in names}
+    try:
+        return kind(**found)
+    except AssertionError as error:  # a record that refuses to be made: a pass over nothing
+        raise InputError(f"the record is damaged at {at or '/'}: {error}") from error

@@ -7,7 +7,17 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_export.records import UNMERGED, Array, Batch, Distance, Evidence, Recording, Timing
+from lora_export.records import (
+    REFERENCE,
+    UNMERGED,
+    Array,
+    Batch,
+    Distance,
+    Evidence,
+    Recording,
+    TensorSpec,
+    Timing,
+)
 
 # An artifact may deviate from the float64 reference by this many times what the unmerged model's
 # own precision costs. Another kernel, or another order of summation, sums the same products to
@@ -17,11 +27,14 @@ BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 0.95
 
 
-def distance(reference: Recording, other: Recording, evidence: Evidence) -> Distance:
+def distance(
+    reference: Recording, other: Recording, evidence: Evidence, only: str | None = None
+) -> Distance:
     """Return how far `other` lies from `reference` over all batches of `evidence`.
 
-    Positions that the attention mask leaves out are not compared. A difference in batches, names,
-    shapes or finiteness is a defect, and so is a row in which no token is attended.
+    Positions that the attention mask leaves out are not compared, though they too must be finite.
+    A difference in batches, names, shapes or finiteness is a defect, and so is a row in
+    which no token is attended. With `only`, the deviation is that of the output of this name.
     """
     worst, compared, where = 0.0, 0, 0
     if len(reference.outputs) != len(evidence.batches) or len(other.outputs) != len(
@@ -32,7 +45,7 @@ def distance(reference: Recording, other: Recording, evidence: Evidence) -> Dist
         expected, found = reference.outputs[index], other.outputs[index]
         if defect := _defect(evidence, batch, expected, found):
             return Distance(np.inf, compared, f"batch {index} ({batch.note}): {defect}", index)
-        for name in expected:
+        for name in expected if only is None else (only,):
             error = np.abs(
                 valid(found[name], batch, evidence, name).astype(np.float64)
                 - valid(expected[name], batch, evidence, name).astype(np.float64)
@@ -53,13 +66,19 @@ def valid(output: Array, batch: Batch, evidence: Evidence, name: str) -> Array:
 
 def _is_sequence(evidence: Evidence, name: str) -> bool:
     """Whether the second axis of the output `name` is the sequence."""
-    specs = evidence.signature.outputs if evidence.signature else ()
-    return any(spec.name == name and spec.axes[1:2] == ("sequence",) for spec in specs)
+    return any(spec.axes[1:2] == ("sequence",) for spec in _specs(evidence, name))
+
+
+def _specs(evidence: Evidence, name: str) -> list[TensorSpec]:
+    outputs = evidence.signature.outputs if evidence.signature else ()
+    return [spec for spec in outputs if spec.name == name]
 
 
 def _defect(
     evidence: Evidence, batch: Batch, expected: Mapping[str, Array], found: Mapping[str, Array]
 ) -> str:
+    if "attention_mask" not in batch.arrays:
+        return "no attention mask"
     if not batch.mask.any(axis=1).all():
         return "a row has no attended token, so its output is undefined"
     if expected.keys() != found.keys():
@@ -75,30 +94,44 @@ def _defect(
     return ""
 
 
-def noise_floor(evidence: Evidence) -> Distance:
+def wrong_dtype(recording: Recording, evidence: Evidence) -> str:
+    """Return which output has another dtype than the signature says, or nothing."""
+    for outputs in recording.outputs:
+        for name, array in outputs.items():
+            for spec in _specs(evidence, name):
+                if spec.dtype != str(array.dtype):
+                    return f"{name} has dtype {array.dtype}, expected {spec.dtype}"
+    return ""
+
+
+def noise_floor(evidence: Evidence, only: str | None = None) -> Distance:
     """Return what the model's own precision costs: the distance of the `floor` recording.
 
     At least one rounding of the largest output, so that a model without measurable noise does not
     make every artifact fail.
     """
-    reference, own = evidence.recordings["reference"], evidence.recordings[evidence.floor]
-    found = distance(reference, own, evidence)
+    reference, own = evidence.recordings[REFERENCE], evidence.recordings[evidence.floor]
+    found = distance(reference, own, evidence, only)
     if found.defect:
         return found
-    largest = max(
-        float(np.abs(valid(array, batch, evidence, name)).max())
-        for batch, out in zip(evidence.batches, reference.outputs, strict=True)
-        for name, array in out.items()
-    )
-    precision = next(iter(own.outputs[0].values())).dtype
-    limits = np.finfo(precision)
-    least = max(float(limits.eps) * largest, float(limits.tiny))
-    return Distance(max(found.largest, least), found.compared, "", found.batch)
+    pairs = zip(evidence.batches, reference.outputs, strict=True)
+    chosen = [
+        (np.abs(valid(array, batch, evidence, name)).max(), own.outputs[0][name].dtype)
+        for batch, outputs in pairs
+        for name, array in outputs.items()
+        if only in (None, name)
+    ]
+    if any(dtype.kind != "f" for _, dtype in chosen):
+        return Distance(np.inf, 0, f"the outputs of {own.runner} are no floats")
+    least = max(float(np.finfo(dtype).eps * size) for size, dtype in chosen)
+    tiny = max(float(np.finfo(dtype).tiny) for _, dtype in chosen)
+    return Distance(max(found.largest, least, tiny), found.compared, "", found.batch)
 
 
 def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:
     """Return the paired latency ratios of `runner` to `against`, one per round."""
-    paired: Array = np.divide(timing.samples_ms[runner], timing.samples_ms[against])
+    with np.errstate(divide="ignore", invalid="ignore"):  # a time of zero is no number to pass
+        paired: Array = np.divide(timing.samples_ms[runner], timing.samples_ms[against])
     return paired
 
 

@@ -50,15 +50,16 @@ def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
 
 def _parse(text: str, file: Path) -> tuple[list[str], list[int]]:
     try:
-        rows = list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+        reader = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        names, rows = reader.fieldnames or (), list(reader)
     except csv.Error as error:
         raise InputError(f"cannot read {file}: {error}") from error
-    column = next((c for c in ("sentence", "text") if rows and c in rows[0]), None)
+    column = next((name for name in ("sentence", "text") if name in names), None)
     if column is None:
         raise InputError(f"{file} needs a header with a column 'sentence' or 'text'")
     if any(row[column] is None for row in rows):
         raise InputError(f"{file} has a row without a {column}")
-    if "label" not in rows[0]:
+    if "label" not in names:
         return [row[column] for row in rows], []
     try:
         return [row[column] for row in rows], [int(row["label"]) for row in rows]

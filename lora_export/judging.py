@@ -65,7 +65,13 @@ def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
     if not folder.is_dir():
         raise InputError(f"no run in {folder}: run `lora-export run` first, or pass --run")
     evidence = codec.load(Evidence, folder / EVIDENCE, EVIDENCE)
-    evidence = dataclasses.replace(evidence, files_now=digests_now(evidence.files, folder))
+    ours = (CERTIFICATE, REPORT)
+    now = tuple(
+        file
+        for file in storage.digest_tree(folder)
+        if file.name not in ours and not file.name.startswith(f"{EVIDENCE}/")
+    )
+    evidence = dataclasses.replace(evidence, files_now=now)
     old = storage.read_json(folder / CERTIFICATE)
     try:
         given = codec.from_json(tuple[FileDigest, ...], old["inputs"], {})

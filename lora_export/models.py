@@ -4,6 +4,7 @@ Never runs code that comes with a checkpoint, never touches the network.
 """
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -188,7 +189,8 @@ def signature_of(model: nn.Module, tokens: Any) -> Signature:
     (name, small), (_, large) = (_first_output(model, blank, *shape) for shape in ((2, 5), (3, 7)))
     sizes = {(2, 3): "batch", (5, 7): "sequence"}
     axes = tuple(sizes.get((a, b), a) for a, b in zip(small.shape, large.shape, strict=True))
-    output = TensorSpec(name, str(small.dtype).removeprefix("torch."), axes)
+    wide = torch.promote_types(small.dtype, torch.float32)  # what half precision is handed over as
+    output = TensorSpec(name, str(wide).removeprefix("torch."), axes)
     return replace(blank, outputs=(output,))
 
 
@@ -210,6 +212,12 @@ def _max_length(model: nn.Module, tokens: Any) -> int:
             # RoBERTa's family counts positions from padding_idx + 1.
             positions -= 0 if module.padding_idx is None else module.padding_idx + 1
     return min(positions, int(tokens.model_max_length))
+
+
+def widened(model: nn.Module) -> nn.Module:
+    """Return `model` in float32 where it is in half precision: CPU runtimes lack kernels for it."""
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+    return copy.deepcopy(model).float() if half else model
 
 
 def module_classes(model: nn.Module) -> dict[str, str]:

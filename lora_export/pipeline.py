@@ -353,7 +353,8 @@ def export_stage(name: str, subject: Subject, folder: Path, file: str | None = N
     path = folder / (file or f"model{exporter.SUFFIX}")
     example = inputs.made(subject.signature, *inputs.EXAMPLE, seed=0)
     with models.quiet():
-        exporter.export(subject.tensors(), subject.signature, example, about(subject), path)
+        model = subject.tensors(models.widened(subject.model))
+        exporter.export(model, subject.signature, example, about(subject), path)
     return exporters.describe(name, path)
 
 

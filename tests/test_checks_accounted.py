@@ -35,6 +35,11 @@ def test_every_fault_is_counted():
     assert base.measured == 3
 
 
+def test_faults_are_among_the_tensors_that_were_compared():
+    adapter, base = _judge(adapter_left=("x",), base_damaged=("a", "b"), unexplained=("c",))
+    assert (adapter.compared, base.compared) == (4, 6)
+
+
 def test_an_account_of_nothing_fails():
     empty = Account((), (), (), (), (), {}, (), (), ())
     statuses = [v.status for v in accounted.judge(evidence(account=empty))]

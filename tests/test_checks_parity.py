@@ -234,3 +234,21 @@ def test_each_artifact_is_judged_on_its_own():
         ("onnx", Status.PASS),
         ("torchscript", Status.FAIL),
     ]
+
+
+def test_a_small_output_fails_beside_a_large_one():
+    # Rounding of the large output must not be the tolerance of the small one.
+    found = evidence()
+    both = {
+        name: dataclasses.replace(
+            old,
+            outputs=tuple(
+                {**out, "hidden": np.full((2, 3), 1e4, out["logits"].dtype)} for out in old.outputs
+            ),
+        )
+        for name, old in found.recordings.items()
+    }
+    off = both["onnx"].outputs[0]["logits"] + np.float32(5e-3)
+    first = {**both["onnx"].outputs[0], "logits": off}
+    both["onnx"] = dataclasses.replace(both["onnx"], outputs=(first, both["onnx"].outputs[1]))
+    assert _judge(dataclasses.replace(found, recordings=both)).status is Status.FAIL

@@ -187,6 +187,47 @@ def test_an_exporter_that_fails_leaves_nothing(finished, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_artifact_that_answers_in_another_dtype_fails(finished):
+    evidence = codec.load(Evidence, finished[0] / "evidence", "evidence")
+    narrow = tuple(
+        {name: array.astype(np.float64) for name, array in outputs.items()}
+        for outputs in evidence.recordings["onnx"].outputs
+    )
+    recording = dataclasses.replace(evidence.recordings["onnx"], outputs=narrow)
+    changed = dataclasses.replace(evidence, recordings={**evidence.recordings, "onnx": recording})
+    failed = [v for v in checks.judge(changed, checks.EXPORT) if not v.passed]
+    assert [(v.check, v.subject) for v in failed] == [("parity", "onnx")]
+    assert "float64, expected float32" in failed[0].note
+
+
+def test_a_file_that_was_added_later_fails_the_gate(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "merged" / "model-00002.safetensors").write_bytes(b"stray")
+    failed = [v for v in judging.check_run(tmp_path / "run").verdicts if not v.passed]
+    assert {v.check for v in failed} - {"latency"} == {"intact"}
+
+
+def test_a_base_in_half_precision_goes_the_whole_way(tiny_base, fill, tmp_path, quick):
+    """Its floor is what bfloat16 costs, and the artifacts hold the merged weights in float32."""
+    from lora_export import BaseRef, LoraConfig, inject, save_adapter
+
+    base = tmp_path / "base"
+    transformers.BertModel.from_pretrained(tiny_base).bfloat16().save_pretrained(base)
+    transformers.AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)
+    model = transformers.BertForSequenceClassification.from_pretrained(base, dtype="bfloat16")
+    inject(model, LoraConfig(modules_to_save=("classifier",)))
+    about = {"base": BaseRef(id=str(base)), "task_type": "SEQ_CLS"}
+    save_adapter(fill(model), tmp_path / "a.safetensors", **about)
+    certificate = pipeline.run(tmp_path / "a.safetensors", out=tmp_path / "run")
+    assert [v for v in certificate.verdicts if not v.passed and v.check != "latency"] == []
+    evidence = codec.load(Evidence, tmp_path / "run" / "evidence", "evidence")
+    precisions = {name: r.precision for name, r in evidence.recordings.items()}
+    assert precisions["unmerged"] == precisions["merged"] == "bfloat16"
+    assert precisions["onnx"] == precisions["torchscript"] == "float32"
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -124,6 +124,17 @@ def test_a_ratio_that_wavers_is_measured_until_the_most_rounds(clock):
     assert len(_measure(runners).samples_ms[UNMERGED]) == timing.MOST_ROUNDS
 
 
+@pytest.mark.parametrize(
+    ("ratio", "rounds"), [(1.03, timing.LEAST_ROUNDS), (1.06, timing.MOST_ROUNDS)]
+)
+def test_measuring_ends_once_the_interval_reaches_two_hundredths_to_either_side(
+    clock, ratio, rounds
+):
+    # Half of the rounds have a ratio of 1, so the interval reaches from there to the other half.
+    runners, _ = _runners(clock, **{UNMERGED: [8.0], "onnx": [8.0, 8.0 * ratio]})
+    assert len(_measure(runners).samples_ms[UNMERGED]) == rounds
+
+
 def test_one_candidate_that_wavers_keeps_all_of_them_going(clock):
     runners, _ = _runners(clock, **STEADY | {"onnx": [1.0, 20.0]})
     lengths = {len(samples) for samples in _measure(runners).samples_ms.values()}

@@ -24,4 +24,6 @@ class EagerRunner:
         """Return the named outputs for named inputs."""
         found = self.model(*[torch.from_numpy(inputs[name]) for name in self.inputs])
         values = found if isinstance(found, tuple) else (found,)
-        return {name: value.numpy() for name, value in zip(self.outputs, values, strict=True)}
+        # Numpy has no bfloat16; widening half precision is exact.
+        wide = [v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for v in values]
+        return {name: value.numpy() for name, value in zip(self.outputs, wide, strict=True)}
