@@ -29,5 +29,7 @@ def judge(evidence: Evidence) -> list[Verdict]:
     )
     status = Status.PASS if good else Status.FAIL
     return [
-        Verdict("effect", "adapter", status, moved.largest, limit, "more than", moved.compared, note)
+        Verdict(
+            "effect", "adapter", status, moved.largest, limit, "more than", moved.compared, note
+        )
     ]

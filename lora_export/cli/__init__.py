@@ -5,7 +5,6 @@ has a command of its own name as well, made from its file.
 """
 
 import json
-import os
 import signal
 import sys
 import traceback
@@ -55,9 +54,6 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Two processes whose idle OpenMP threads spin slow each other tenfold on a shared machine. The
-    # library that reads this is loaded with torch, later.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # A polite kill cleans up like Ctrl-C does: staging folders are removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(_run(words))
