@@ -132,10 +132,9 @@ def test_a_large_onnx_model_gets_a_data_file_that_is_digested(subject, tmp_path,
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-5)
 
 
-def test_torchscript_runs_where_only_torch_is_imported(exported):
-    name, _, path = exported
-    if name != "torchscript":
-        pytest.skip("asks about TorchScript alone")
+def test_torchscript_runs_where_only_torch_is_imported(subject, tmp_path):
+    pipeline.export_stage("torchscript", subject, tmp_path)
+    path = tmp_path / "model.pt"
     code = (
         "import sys, torch\n"
         f"model = torch.jit.load({str(path)!r})\n"
