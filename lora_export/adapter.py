@@ -15,18 +15,12 @@ def read_adapter(path: str | Path, format: str | None = None) -> Adapter:
     """Return the adapter at `path`, in whichever known format it is.
 
     Raises:
-        InputError: there is nothing at `path`, or no known format, or it is damaged, or every
-            update in it is zero.
+        InputError: there is nothing at `path`, or no known format, or it is damaged.
     """
     place = Path(path).expanduser()
     if not place.exists():
         raise InputError(f"no adapter at {place}")
     adapter: Adapter = formats.load(format or _detect(place)).read(place)
-    if all(pair.is_zero for pair in adapter.modules.values()):
-        raise InputError(
-            f"the adapter {place} is untrained: all {len(adapter.modules)} low-rank updates are "
-            "zero, so merging it would change nothing"
-        )
     return adapter
 
 
@@ -67,7 +61,7 @@ def load_adapter(model: "nn.Module", path: str | Path) -> Adapter:
     """Read the adapter at `path` and attach it to `model`, in place of any other; return it.
 
     Raises:
-        InputError: the file is missing, damaged or untrained.
+        InputError: the file is missing or damaged.
         AdapterMismatch: it does not fit `model`, which is then left as it was.
     """
     from lora_export.injection import attach

@@ -1,62 +1,20 @@
-"""A run, top to bottom: open, plan, merge, export, record, judge, publish.
+"""A run, top to bottom: open, plan, merge, export, record, time, judge, publish.
 
-Stages act and record; `lora_export.checks` judges afterwards, from the recordings alone.
+The stages (`lora_export.stages`) act and record; the checks judge afterwards, from the recordings
+alone. Three commands, each a path through the same stages.
 """
 
-import copy
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from lora_export import (
-    auditing,
-    bases,
-    checks,
-    codec,
-    exporters,
-    inputs,
-    merging,
-    models,
-    storage,
-    timing,
-)
-from lora_export.adapter import read_adapter
-from lora_export.errors import ExportFailed, InputError, listed
-from lora_export.injection import attach, idle
+from lora_export import checks, codec, exporters, inputs, models, stages, storage, timing
 from lora_export.judging import EVIDENCE, Say, certify, digests_now, silent, write_certificate
-from lora_export.plan import FLOATS, MergePlan, plan
-from lora_export.records import (
-    IDLE,
-    MERGED,
-    REFERENCE,
-    UNMERGED,
-    Account,
-    Adapter,
-    Artifact,
-    Batch,
-    Certificate,
-    Evidence,
-    FileDigest,
-    Modules,
-    Recording,
-    Signature,
-    WeightAudit,
-)
-from lora_export.runners import Runner
-from lora_export.runners.eager import EagerRunner
-from lora_export.storage import Checkpoint
+from lora_export.records import MERGED, REFERENCE, UNMERGED, Certificate, Evidence
 
 FORMATS = ("onnx", "torchscript")
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 MERGED_FOLDER = "merged"
-
-
-# ---------------------------------------------------------------- the three commands
 
 
 def run(
@@ -96,31 +54,30 @@ def run(
     torch.set_num_threads(threads)
 
     say("reading adapter and base")
-    job = open_job(adapter, base, allow_base_mismatch=allow_base_mismatch)
+    job = stages.open_job(adapter, base, allow_base_mismatch=allow_base_mismatch)
     with storage.staged(out, overwrite=overwrite) as folder:
         folder.mkdir()
         say("merging")
-        merged = merge_stage(job, folder / MERGED_FOLDER)
+        merged = stages.merge_stage(job, folder / MERGED_FOLDER)
         say("loading the unmerged and the merged model")
-        subject = load_subject(folder / MERGED_FOLDER)
-        unmerged = load_unmerged(job)
+        subject = stages.load_subject(folder / MERGED_FOLDER)
+        unmerged = stages.load_unmerged(job)
         artifacts = {}
         for name in formats:
             say(f"exporting {name}")
-            artifacts[name] = export_stage(name, subject, folder)
+            artifacts[name] = stages.export_stage(name, subject, folder)
+        files = storage.digest_tree(folder)
         say(f"comparing on {len(texts)} sentences and {len(inputs.GRID)} shapes")
-        batches = batches_of(subject, texts, labels, seed)
-        runners = open_runners(artifacts, folder, threads)
-        recordings = record_all(unmerged, subject, runners, batches)
+        batches = stages.batches_of(subject, texts, labels, seed)
+        runners = stages.open_runners(artifacts, folder, threads)
+        recordings = stages.record_all(unmerged, subject, runners, batches)
         say("timing")
         timed = {UNMERGED: subject.runner(UNMERGED, unmerged), MERGED: subject.runner(MERGED)}
         timings = timing.measure(timed | runners, subject.signature, threads=threads, seed=seed)
-
-        files = storage.digest_tree(folder)
         evidence = Evidence(
             account=merged.account,
             weights=merged.weights,
-            modules=modules_of(subject.model),
+            modules=stages.modules_of(subject.model),
             signature=subject.signature,
             artifacts=tuple(artifacts.values()),
             batches=batches,
@@ -157,15 +114,15 @@ def merge_files(
     out = Path(out)
     storage.refuse_existing(out, overwrite=overwrite)
     say("reading adapter and base")
-    job = open_job(adapter, base, dtype=dtype, allow_base_mismatch=allow_base_mismatch)
+    job = stages.open_job(adapter, base, dtype=dtype, allow_base_mismatch=allow_base_mismatch)
     with storage.staged(out, overwrite=overwrite) as folder:
         say("merging")
-        merged = merge_stage(job, folder)
+        merged = stages.merge_stage(job, folder)
         say("auditing")
         evidence = Evidence(
             account=merged.account,
             weights=merged.weights,
-            modules=modules_of(models.load(folder, job.config)),
+            modules=stages.modules_of(models.load(folder, job.config)),
             files=storage.digest_tree(folder),
         )
         settings = {"dtype": dtype, "notes": [*job.plan.notes, *job.adapter.notes]}
@@ -195,20 +152,20 @@ def export_file(
     threads = timing.threads()
     torch.set_num_threads(threads)
     say("loading the model")
-    subject = load_subject(source)
+    subject = stages.load_subject(source)
     with storage.staged(target, overwrite=overwrite) as path:
         say(f"exporting {name}")
-        artifact = export_stage(name, subject, path.parent, path.name)
+        artifact = stages.export_stage(name, subject, path.parent, path.name)
         say(f"comparing on {len(texts)} sentences and {len(inputs.GRID)} shapes")
-        batches = batches_of(subject, texts, labels, seed)
-        runner = open_runners({name: artifact}, path.parent, threads)[name]
+        batches = stages.batches_of(subject, texts, labels, seed)
+        runner = stages.open_runners({name: artifact}, path.parent, threads)[name]
+        exact = subject.runner(REFERENCE, stages.exact(subject.model))
         recordings = {
-            REFERENCE: record(subject.runner(REFERENCE, exact(subject.model)), batches),
-            MERGED: record(subject.runner(MERGED), batches),
-            name: record(runner, batches),
+            found.name: stages.record(found, batches)
+            for found in (exact, subject.runner(MERGED), runner)
         }
         evidence = Evidence(
-            modules=modules_of(subject.model),
+            modules=stages.modules_of(subject.model),
             signature=subject.signature,
             artifacts=(artifact,),
             batches=batches,
@@ -219,220 +176,3 @@ def export_file(
         )
         digests = storage.digest_tree(source)
         return certify(evidence, checks.EXPORT, command, digests, {"seed": seed}, threads)
-
-
-# ---------------------------------------------------------------- stages
-
-
-@dataclass(frozen=True)
-class Job:
-    """An adapter, its base, and the plan that merges one into the other."""
-
-    adapter: Adapter
-    base: Path
-    checkpoint: Checkpoint
-    config: Any
-    blank: nn.Module  # the architecture without weights
-    plan: MergePlan
-    source: Path  # of the adapter
-
-    def inputs(self) -> tuple[FileDigest, ...]:
-        """Return the digests of everything that went in."""
-        if self.source.is_dir():
-            own = storage.digest_tree(self.source)
-        else:
-            own = (storage.digest(self.source),)
-        names = (*self.checkpoint.shards, "config.json")
-        return (*own, *(storage.digest(self.base / name, f"base/{name}") for name in names))
-
-
-def open_job(
-    adapter: str | Path,
-    base: str | None = None,
-    *,
-    dtype: str = "keep",
-    allow_base_mismatch: bool = False,
-) -> Job:
-    """Read the adapter, find its base, and plan the merge; nothing is written.
-
-    Raises:
-        InputError: adapter or base is missing or damaged.
-        AdapterMismatch: they do not fit together; every fault is listed.
-    """
-    found = read_adapter(adapter)
-    name = base or found.base.id
-    if not name:
-        raise InputError("the adapter names no base model; pass --base")
-    place = bases.find(name, None if base else found.base.revision)
-    checkpoint = Checkpoint.open(place.path)
-    architecture = models.architecture_of(found, place.path)
-    config = models.config_of(place.path, architecture, found.labels, models.class_count(found))
-    blank = models.blank(config)
-    target = DTYPES.get(dtype) if dtype != "keep" else None
-    assert target is None or target in FLOATS
-    steps = plan(found, checkpoint, blank, dtype=target, allow_base_mismatch=allow_base_mismatch)
-    return Job(found, place.path, checkpoint, config, blank, steps, Path(adapter))
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """What a merge left behind, as found in the files."""
-
-    account: Account
-    weights: tuple[WeightAudit, ...]
-
-
-def merge_stage(job: Job, folder: Path) -> MergeRecord:
-    """Write the merged checkpoint to `folder`, read it back, and record what happened to it."""
-    merging.write_merged(job.plan, job.adapter, job.checkpoint, job.config, folder)
-    written = Checkpoint.open(folder)
-    return MergeRecord(
-        auditing.account(job.plan, job.adapter, job.checkpoint, written),
-        auditing.weights(job.plan, job.adapter, job.checkpoint, written),
-    )
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A merged model, loaded from disk, with its tokenizer and its signature."""
-
-    folder: Path
-    model: nn.Module
-    tokens: Any
-    signature: Signature
-
-    def runner(self, name: str, model: nn.Module | None = None) -> EagerRunner:
-        """Return a runner for the merged model, or for another one of the same signature."""
-        return EagerRunner(name, self.tensors(model), self.signature)
-
-    def tensors(self, model: nn.Module | None = None) -> nn.Module:
-        """Return a model as a function of tensors, with the arguments of the signature."""
-        ins = tuple(spec.name for spec in self.signature.inputs)
-        outs = tuple(spec.name for spec in self.signature.outputs)
-        return models.as_tensors(model or self.model, ins, outs)
-
-
-def load_subject(folder: Path) -> Subject:
-    """Load the merged model in `folder` as any user would: with plain transformers.
-
-    Raises:
-        InputError: it holds no model, or no tokenizer.
-        AdapterMismatch: weights are missing.
-    """
-    if not folder.is_dir():
-        raise InputError(f"no merged model in {folder}: run `lora-export merge` first")
-    architecture = models.architecture_of(Adapter({}, {}, "lora"), folder)
-    config = models.config_of(folder, architecture, (), None)
-    model = models.load(folder, config)
-    tokens = models.tokenizer(folder)
-    return Subject(folder, model, tokens, models.signature_of(model, tokens))
-
-
-def load_unmerged(job: Job) -> nn.Module:
-    """Return the base with its live LoRA layers: what the adapter's author evaluated."""
-    config = copy.deepcopy(job.config)
-    model = models.load(job.base, config, provided=job.adapter.replaced)
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
-    attach(model, job.adapter)
-    return model.eval().requires_grad_(False)
-
-
-def exact(model: nn.Module) -> nn.Module:
-    """Return a float64 copy of `model`: the reference."""
-    return copy.deepcopy(model).double()
-
-
-def export_stage(name: str, subject: Subject, folder: Path, file: str | None = None) -> Artifact:
-    """Export the merged model to `folder` and return what is found in the written file.
-
-    Raises:
-        ExportFailed: the backend cannot write the model, or cannot open what it wrote.
-    """
-    exporter = exporters.load(name)
-    path = folder / (file or f"model{exporter.SUFFIX}")
-    example = inputs.made(subject.signature, *inputs.EXAMPLE, seed=0)
-    with models.quiet():
-        model = subject.tensors(models.widened(subject.model))
-        exporter.export(model, subject.signature, example, about(subject), path)
-    return exporters.describe(name, path)
-
-
-def about(subject: Subject) -> dict[str, str]:
-    """Return what an artifact says of itself: labels, limits of its input, provenance."""
-    config: Any = subject.model.config
-    content: dict[str, Any] = {
-        "architecture": config.architectures[0],
-        "labels": [config.id2label[index] for index in sorted(config.id2label)],
-        "max_length": subject.signature.max_length,
-        "pad_token_id": subject.signature.pad_token_id,
-    }
-    if (subject.folder / merging.PROVENANCE).is_file():
-        known = storage.read_json(subject.folder / merging.PROVENANCE)
-        content |= {name: known.get(name) for name in ("tool", "base", "adapter")}
-    return {f"lora_export.{k}": json.dumps(v, sort_keys=True) for k, v in content.items()}
-
-
-def open_runners(
-    artifacts: Mapping[str, Artifact], folder: Path, threads: int
-) -> dict[str, Runner]:
-    """Open every artifact from disk."""
-    found: dict[str, Runner] = {}
-    for name, artifact in artifacts.items():
-        try:
-            found[name] = exporters.load(name).open_runner(folder / artifact.files[0].name, threads)
-        except RuntimeError as error:
-            raise ExportFailed(f"cannot open the {name} file again: {error}") from error
-    return found
-
-
-def batches_of(
-    subject: Subject, texts: Sequence[str], labels: Sequence[int], seed: int
-) -> tuple[Batch, ...]:
-    """Return all inputs: sentences first, then the grid of shapes.
-
-    Raises:
-        InputError: a label is no class of the model.
-    """
-    classes = len(subject.model.config.id2label)  # type: ignore[union-attr, arg-type]
-    if bad := sorted({label for label in labels if not 0 <= label < classes}):
-        raise InputError(listed(f"labels outside 0 to {classes - 1}", map(str, bad)))
-    return (
-        *inputs.text_batches(subject.tokens, subject.signature, texts, labels),
-        *inputs.grid_batches(subject.signature, seed),
-    )
-
-
-def record(runner: Runner, batches: Iterable[Batch]) -> Recording:
-    """Return what `runner` answers on `batches`."""
-    return Recording(
-        runner.name, runner.precision, tuple(runner.run(batch.arrays) for batch in batches)
-    )
-
-
-def record_all(
-    unmerged: nn.Module,
-    subject: Subject,
-    runners: Mapping[str, Runner],
-    batches: tuple[Batch, ...],
-) -> dict[str, Recording]:
-    """Return the recordings of the reference, the unmerged and merged models and the artifacts."""
-    own = subject.runner(UNMERGED, unmerged)
-    found = {
-        REFERENCE: record(subject.runner(REFERENCE, exact(unmerged)), batches),
-        UNMERGED: record(own, batches),
-        MERGED: record(subject.runner(MERGED), batches),
-    }
-    with idle(unmerged):
-        found[IDLE] = record(own, batches)
-    return found | {name: record(runner, batches) for name, runner in runners.items()}
-
-
-def modules_of(model: nn.Module) -> Modules:
-    """Return the module tree of the merged `model`, and that of its architecture."""
-    names = (*model.state_dict(), *(name for name, _ in model.named_modules()))
-    return Modules(
-        expected=models.module_classes(models.blank(model.config)),
-        found=models.module_classes(model),
-        lora_names=tuple(sorted({name for name in names if "lora" in name.lower()})),
-    )

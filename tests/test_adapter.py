@@ -172,21 +172,16 @@ def test_a_plain_model_cannot_be_saved_as_an_adapter(tiny, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-def test_an_untrained_adapter_is_refused(tiny, tmp_path):
-    model = tiny("bert")
-    inject(model, LoraConfig(targets=("query",)))
-    save_adapter(model, tmp_path / "a")
-    with pytest.raises(InputError, match="is untrained: all 2 low-rank updates are zero"):
-        read_adapter(tmp_path / "a")
-
-
-def test_one_trained_layer_is_enough(tiny, tmp_path):
-    model = tiny("bert")
-    chosen = inject(model, LoraConfig(targets=("query",)))
-    with torch.no_grad():
-        lora_layers(model)[chosen[1]].lora_B[0, 0] = 1e-6
-    save_adapter(model, tmp_path / "a")
-    assert set(read_adapter(tmp_path / "a").modules) == set(chosen)
+def test_an_untrained_adapter_can_be_saved_and_loaded(tiny, logits, tmp_path):
+    """A run that starts from nothing saves before its first step; only merging it is refused."""
+    model = tiny("opt")
+    inject(model, LoraConfig(targets=("q_proj",)))
+    save_adapter(model, tmp_path / "a.safetensors")
+    adapter = load_adapter(tiny("opt"), tmp_path / "a.safetensors")
+    assert all(pair.is_zero for pair in adapter.modules.values())
+    again = tiny("opt")
+    load_adapter(again, tmp_path / "a.safetensors")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_a_missing_path_is_an_input_error(tmp_path):

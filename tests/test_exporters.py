@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
-from lora_export import exporters, inputs, pipeline
+from lora_export import exporters, inputs, pipeline, stages
 from lora_export.errors import ExportFailed, InputError
 from lora_export.records import Artifact
 
@@ -17,13 +17,13 @@ def subject(tiny_base, tiny_adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     path, _ = tiny_adapter(folder, str(tiny_base))
     pipeline.merge_files(path, out=folder / "merged")
-    return pipeline.load_subject(folder / "merged")
+    return stages.load_subject(folder / "merged")
 
 
 @pytest.fixture(scope="module", params=exporters.names())
 def exported(request, subject, tmp_path_factory) -> tuple[str, Artifact, object]:
     folder = tmp_path_factory.mktemp(request.param)
-    artifact = pipeline.export_stage(request.param, subject, folder)
+    artifact = stages.export_stage(request.param, subject, folder)
     return request.param, artifact, folder / artifact.files[0].name
 
 
@@ -109,14 +109,14 @@ def test_a_lora_operator_would_be_found(tiny_base, tiny_adapter, tmp_path):
     """Exporting the unmerged model is the mistake that this looks for."""
     path, live = tiny_adapter(tmp_path, str(tiny_base))
     pipeline.merge_files(path, out=tmp_path / "merged")
-    merged = pipeline.load_subject(tmp_path / "merged")
-    unmerged = pipeline.Subject(merged.folder, live.eval(), merged.tokens, merged.signature)
-    artifact = pipeline.export_stage("torchscript", unmerged, tmp_path)
+    merged = stages.load_subject(tmp_path / "merged")
+    unmerged = stages.Subject(merged.folder, live.eval(), merged.tokens, merged.signature)
+    artifact = stages.export_stage("torchscript", unmerged, tmp_path)
     assert any("lora_A" in name for name in artifact.lora_names)
 
 
 def test_onnx_states_its_opset_and_dynamic_axes(subject, tmp_path):
-    artifact = pipeline.export_stage("onnx", subject, tmp_path)
+    artifact = stages.export_stage("onnx", subject, tmp_path)
     assert artifact.facts["opset"] >= 18
     assert {spec.axes for spec in artifact.inputs} == {("batch", "sequence")}
     assert artifact.outputs[0].axes == ("batch", 2)
@@ -125,7 +125,7 @@ def test_onnx_states_its_opset_and_dynamic_axes(subject, tmp_path):
 
 def test_a_large_onnx_model_gets_a_data_file_that_is_digested(subject, tmp_path, monkeypatch):
     monkeypatch.setattr(exporters.load("onnx"), "MOST_BYTES_IN_ONE_FILE", 1000)
-    artifact = pipeline.export_stage("onnx", subject, tmp_path)
+    artifact = stages.export_stage("onnx", subject, tmp_path)
     assert [file.name for file in artifact.files] == ["model.onnx", "model.onnx.data"]
     batch = inputs.grid_batches(subject.signature, seed=1)[3]
     found, expected = answers(subject, ("onnx", artifact, tmp_path / "model.onnx"), batch)
@@ -133,7 +133,7 @@ def test_a_large_onnx_model_gets_a_data_file_that_is_digested(subject, tmp_path,
 
 
 def test_torchscript_runs_where_only_torch_is_imported(subject, tmp_path):
-    pipeline.export_stage("torchscript", subject, tmp_path)
+    stages.export_stage("torchscript", subject, tmp_path)
     path = tmp_path / "model.pt"
     code = (
         "import sys, torch\n"
@@ -152,10 +152,10 @@ def test_torchscript_runs_where_only_torch_is_imported(subject, tmp_path):
 def test_the_same_model_gives_the_same_bytes_in_a_fresh_process(subject, tmp_path):
     """Names inside a trace count up within one process, so each export gets its own."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom lora_export import exporters, pipeline\n"
-        "subject = pipeline.load_subject(Path(sys.argv[1]))\n"
+        "import sys\nfrom pathlib import Path\nfrom lora_export import exporters, stages\n"
+        "subject = stages.load_subject(Path(sys.argv[1]))\n"
         "for name in exporters.names():\n"
-        "    pipeline.export_stage(name, subject, Path(sys.argv[2]))\n"
+        "    stages.export_stage(name, subject, Path(sys.argv[2]))\n"
     )
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:

@@ -12,7 +12,7 @@ ORDER = [
     "errors", "records", "registry", "storage", "config", "rounding", "variants", "lora",
     "injection", "peft_names", "formats", "adapter", "bases", "models", "plan", "merging",
     "auditing", "compare", "runners", "inputs", "exporters", "timing", "checks", "measurements",
-    "environment", "codec", "report", "judging", "pipeline", "cli",
+    "environment", "codec", "report", "judging", "stages", "pipeline", "cli",
     "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.

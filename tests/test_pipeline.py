@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from lora_export import checks, codec, exporters, judging, pipeline, storage, timing
+from lora_export import checks, codec, exporters, judging, pipeline, stages, storage, timing
 from lora_export.errors import AdapterMismatch, ExportFailed, InputError
 from lora_export.records import Evidence, Status
 
@@ -121,11 +121,11 @@ def test_an_artifact_of_another_adapter_fails(finished, tiny_base, tiny_adapter,
     folder, _, _ = finished
     other, _ = tiny_adapter(tmp_path, str(tiny_base), seed=5)
     pipeline.merge_files(other, out=tmp_path / "merged")
-    subject = pipeline.load_subject(tmp_path / "merged")
-    artifact = pipeline.export_stage("torchscript", subject, tmp_path)
+    subject = stages.load_subject(tmp_path / "merged")
+    artifact = stages.export_stage("torchscript", subject, tmp_path)
     evidence = codec.load(Evidence, folder / "evidence", "evidence")
-    runner = pipeline.open_runners({"torchscript": artifact}, tmp_path, 1)["torchscript"]
-    swapped = {**evidence.recordings, "torchscript": pipeline.record(runner, evidence.batches)}
+    runner = stages.open_runners({"torchscript": artifact}, tmp_path, 1)["torchscript"]
+    swapped = {**evidence.recordings, "torchscript": stages.record(runner, evidence.batches)}
     verdicts = checks.judge(dataclasses.replace(evidence, recordings=swapped), checks.RUN)
     failed = {(v.check, v.subject) for v in verdicts if not v.passed and v.check != "latency"}
     assert failed == {("parity", "torchscript"), ("decisions", "torchscript")}
@@ -253,7 +253,7 @@ def test_an_adapter_for_another_base_leaves_nothing(tiny_base, tiny_adapter, tmp
 def test_an_adapter_that_names_no_base_needs_one(tiny_adapter, tmp_path):
     path, _ = tiny_adapter(tmp_path)
     with pytest.raises(InputError, match="names no base model; pass --base"):
-        pipeline.open_job(path)
+        stages.open_job(path)
 
 
 def test_labels_that_the_model_lacks_are_refused(finished, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from lora_export import models, pipeline, storage
+from lora_export import BaseRef, LoraConfig, inject, models, save_adapter, stages, storage
 from lora_export.adapter import read_adapter
 from lora_export.errors import AdapterMismatch
 from lora_export.plan import COPY, MERGE, PLACE, plan
@@ -16,7 +16,7 @@ from lora_export.storage import Checkpoint
 @pytest.fixture(scope="module")
 def job(tiny_base, tiny_adapter, tmp_path_factory):
     path, _ = tiny_adapter(tmp_path_factory.mktemp("adapter"), str(tiny_base))
-    return pipeline.open_job(path)
+    return stages.open_job(path)
 
 
 def planned(job, **changes):
@@ -99,8 +99,6 @@ def test_another_base_is_a_mismatch(job, tiny_base, tmp_path):
 def test_a_narrow_base_that_was_widened_for_training_is_recognised(
     tiny_base, classifier_of, fill, tmp_path
 ):
-    from lora_export import BaseRef, LoraConfig, inject, save_adapter
-
     base = tmp_path / "bf16"
     transformers.BertModel.from_pretrained(tiny_base).bfloat16().save_pretrained(base)
     transformers.AutoTokenizer.from_pretrained(tiny_base).save_pretrained(base)
@@ -108,7 +106,7 @@ def test_a_narrow_base_that_was_widened_for_training_is_recognised(
     inject(model, LoraConfig(modules_to_save=("classifier",)))
     file = tmp_path / "a.safetensors"
     save_adapter(fill(model), file, base=BaseRef(id=str(base)), task_type="SEQ_CLS")
-    notes = pipeline.open_job(file).plan.notes
+    notes = stages.open_job(file).plan.notes
     assert notes == ("the base has the fingerprint that the adapter was trained on",)
 
 
@@ -143,6 +141,18 @@ def read_only_adapter(modules):
     from lora_export.records import Adapter
 
     return Adapter(modules, {}, "lora")
+
+
+def test_one_trained_layer_is_enough(tiny_base, tiny_adapter, tmp_path):
+    from lora_export.injection import lora_layers
+
+    path, model = tiny_adapter(tmp_path, str(tiny_base))
+    with torch.no_grad():
+        for layer in list(lora_layers(model).values())[1:]:
+            layer.lora_B.zero_()
+    about = {"base": BaseRef(id=str(tiny_base)), "task_type": "SEQ_CLS"}
+    save_adapter(model, path, **about)
+    assert len(stages.open_job(path).plan.of(MERGE)) == len(lora_layers(model))
 
 
 def test_the_adapter_on_disk_is_what_is_planned(job, tiny_base):

@@ -31,9 +31,9 @@ def command(adapter: Path, base: str | None, allow_base_mismatch: bool, as_json:
     found = read_adapter(adapter)
     facts = _facts(found)
     if base:
-        from lora_export import pipeline
+        from lora_export import stages
 
-        job = pipeline.open_job(adapter, base, allow_base_mismatch=allow_base_mismatch)
+        job = stages.open_job(adapter, base, allow_base_mismatch=allow_base_mismatch)
         facts["fits"] = base
         facts["base notes"] = "; ".join(job.plan.notes)
     modules = [

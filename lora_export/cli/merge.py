@@ -50,11 +50,11 @@ def command(
     """
     with _shared.progress(quiet=quiet) as say:
         say("loading torch and transformers")
-        from lora_export import pipeline
+        from lora_export import pipeline, stages
 
         if dry_run:
             say("planning")
-            job = pipeline.open_job(
+            job = stages.open_job(
                 adapter, base, dtype=dtype, allow_base_mismatch=allow_base_mismatch
             )
         else:
