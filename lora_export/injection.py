@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from lora_export import variants
 from lora_export.config import ALL_LINEAR, LoraConfig, matches, nearest, select
 from lora_export.errors import AdapterMismatch, InputError, listed
-from lora_export.lora import _LowRank, layer_class
+from lora_export.lora import LoraLayer, layer_class
 from lora_export.records import Adapter, Array, Factors
 from lora_export.storage import fingerprint
 
-LoraLayer = _LowRank
 _STATE = "_lora_export"
 
 
@@ -29,7 +28,6 @@ class _State:
     trainable: dict[str, bool]  # requires_grad by parameter name
     saved: tuple[str, ...]  # names of the parameters that are trained and stored whole
     originals: dict[str, Tensor] = field(default_factory=dict)
-    dropout: float = 0.0
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -68,7 +66,7 @@ def inject(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
         path: replace(config, rank=config.rank_of(path), alpha=config.alpha_of(path))
         for path in chosen
     }
-    _install(model, layers, saved, config.dropout)
+    _install(model, layers, saved)
     return chosen
 
 
@@ -89,7 +87,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         for path, pair in adapter.modules.items()
     }
     detach(model)
-    _install(model, layers, tuple(adapter.replaced), adapter.dropout)
+    _install(model, layers, tuple(adapter.replaced))
     with torch.no_grad():
         for path, layer in lora_layers(model).items():
             pair = adapter.modules[path]
@@ -122,8 +120,8 @@ def extract(model: nn.Module) -> Adapter:
     Raises:
         InputError: the model has no LoRA layers, or a merged one, or several variants.
     """
-    layers, state = lora_layers(model), getattr(model, _STATE, None)
-    if not layers or not isinstance(state, _State):
+    layers = lora_layers(model)
+    if not layers:
         raise InputError("the model has no LoRA layers; call inject or load_adapter first")
     kinds = {layer.variant for layer in layers.values()}
     if any(layer.is_merged for layer in layers.values()):
@@ -137,9 +135,9 @@ def extract(model: nn.Module) -> Adapter:
             )
             for path, layer in layers.items()
         },
-        replaced={name: _array(model.get_parameter(name)) for name in state.saved},
+        replaced={name: _array(model.get_parameter(name)) for name in _saved(model, layers)},
         variant=kinds.pop(),
-        dropout=state.dropout,
+        dropout=next(iter(layers.values())).dropout.p,
     )
 
 
@@ -215,10 +213,20 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
 # ---------------------------------------------------------------- inside
 
 
-def _install(
-    model: nn.Module, layers: Mapping[str, LoraConfig], saved: tuple[str, ...], dropout: float
-) -> None:
-    state = _State({n: p.requires_grad for n, p in model.named_parameters()}, saved, {}, dropout)
+def _saved(model: nn.Module, layers: Mapping[str, LoraLayer]) -> tuple[str, ...]:
+    """Return the parameters that are stored whole: those that inject or attach was told to train.
+
+    In a model that was built from `LoraLinear` layers by hand, they are all other trainable ones.
+    """
+    state = getattr(model, _STATE, None)
+    if isinstance(state, _State):
+        return state.saved
+    lora = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    return tuple(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in lora)
+
+
+def _install(model: nn.Module, layers: Mapping[str, LoraConfig], saved: tuple[str, ...]) -> None:
+    state = _State({n: p.requires_grad for n, p in model.named_parameters()}, saved)
     model.requires_grad_(False)
     for path, config in layers.items():
         module = model.get_submodule(path)

@@ -19,7 +19,7 @@ from lora_export.rounding import round_once
 M = TypeVar("M", bound=nn.Module)
 
 
-class _LowRank(nn.Module):
+class LoraLayer(nn.Module):
     """A frozen linear map with a trainable low-rank update. Abstract; see `LoraLinear`.
 
     Attributes:
@@ -116,7 +116,7 @@ class _LowRank(nn.Module):
         )
 
 
-class LoraLinear(_LowRank):
+class LoraLinear(LoraLayer):
     """`torch.nn.Linear` with a low-rank update: y = W x + b + scale * B(A(dropout(x)))."""
 
     def __init__(
@@ -159,7 +159,7 @@ class LoraLinear(_LowRank):
     def over(cls, linear: nn.Linear, config: LoraConfig) -> Self:
         """Return a layer over `linear` with the rank, alpha, dropout and variant of `config`."""
         layer = cls.__new__(cls)
-        _LowRank.__init__(layer, linear.weight, linear.bias, config)
+        LoraLayer.__init__(layer, linear.weight, linear.bias, config)
         return layer.train(linear.training)
 
     def _transpose(self, matrix: Tensor) -> Tensor:
@@ -171,14 +171,14 @@ class LoraLinear(_LowRank):
         return _filled(linear, self)
 
 
-class LoraConv1D(_LowRank):
+class LoraConv1D(LoraLayer):
     """`transformers.pytorch_utils.Conv1D` (weight (in, out), as in GPT-2) with the same update."""
 
     @classmethod
     def over(cls, conv: nn.Module, config: LoraConfig) -> Self:
         """Return a layer over `conv`, whose weight and bias are shared and frozen."""
         layer = cls.__new__(cls)
-        _LowRank.__init__(layer, conv.weight, conv.bias, config)  # type: ignore[arg-type]
+        LoraLayer.__init__(layer, conv.weight, conv.bias, config)  # type: ignore[arg-type]
         return layer.train(conv.training)
 
     def _transpose(self, matrix: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class LoraConv1D(_LowRank):
         return _filled(conv, self)
 
 
-def _filled(plain: M, layer: _LowRank) -> M:
+def _filled(plain: M, layer: LoraLayer) -> M:
     plain.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
     plain.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
     return plain.train(layer.training)

@@ -120,12 +120,17 @@ def blank(config: Any) -> nn.Module:
     return model
 
 
+def has_tokenizer(base: Path) -> bool:
+    """Return whether the directory `base` holds a vocabulary."""
+    return any((base / name).is_file() for name in _VOCABULARIES)
+
+
 def tokenizer(base: Path) -> Any:
     """Return the tokenizer in the directory `base`; raises `InputError` where there is none."""
     from transformers import AutoTokenizer
 
     # Without a vocabulary transformers builds a tokenizer that turns every word into [UNK].
-    if not any((base / name).is_file() for name in _VOCABULARIES):
+    if not has_tokenizer(base):
         raise InputError(f"no tokenizer in {base}: none of {', '.join(_VOCABULARIES)}")
     with quiet():
         return _loaded(AutoTokenizer, base, "tokenizer")
@@ -183,7 +188,8 @@ def signature_of(model: nn.Module, tokens: Any) -> Signature:
         )
     if hasattr(config, "use_cache"):
         config.use_cache = False  # a cache is state, and not part of this signature
-    pad = tokens.pad_token_id if tokens.pad_token_id is not None else 0
+    _set_padding(tokens, config, type(model).__name__)
+    pad = int(tokens.pad_token_id)
     specs = tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in names)
     blank = Signature(specs, (), _max_length(model, tokens), config.vocab_size, pad)
     (name, small), (_, large) = (_first_output(model, blank, *shape) for shape in ((2, 5), (3, 7)))
@@ -192,6 +198,24 @@ def signature_of(model: nn.Module, tokens: Any) -> Signature:
     wide = torch.promote_types(small.dtype, torch.float32)  # what half precision is handed over as
     output = TensorSpec(name, str(wide).removeprefix("torch."), axes)
     return replace(blank, outputs=(output,))
+
+
+def _set_padding(tokens: Any, config: Any, architecture: str) -> None:
+    """Give the tokenizer a padding token, where the model does not care which one.
+
+    A decoder with a classification head finds the last token that is not padding, so there the
+    config has to say which token that is; elsewhere the mask hides it.
+    """
+    known = getattr(config, "pad_token_id", None)
+    if known is None and architecture.endswith("ForSequenceClassification"):
+        raise InputError(
+            f"neither the config nor the tokenizer of {architecture} names a padding token; add "
+            "pad_token_id, as it was in training, to config.json"
+        )
+    if tokens.pad_token_id is None:
+        tokens.pad_token = tokens.convert_ids_to_tokens(known) if known else tokens.eos_token
+    if tokens.pad_token_id is None:
+        raise InputError("the tokenizer has neither a padding nor an end token")
 
 
 @torch.inference_mode()

@@ -84,6 +84,8 @@ def open_job(
     checkpoint = Checkpoint.open(place.path)
     architecture = models.architecture_of(found, place.path)
     config = models.config_of(place.path, architecture, found.labels, models.class_count(found))
+    if getattr(config, "pad_token_id", 0) is None and models.has_tokenizer(place.path):
+        config.pad_token_id = models.tokenizer(place.path).pad_token_id
     blank = models.blank(config)
     target = DTYPES.get(dtype) if dtype != "keep" else None
     assert target is None or target in FLOATS

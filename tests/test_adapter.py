@@ -250,3 +250,25 @@ def test_files_can_be_switched_on_one_base(tiny, fill, logits, tmp_path):
 def test_a_path_may_be_a_string(tiny, fill, tmp_path):
     save_adapter(_trained(tiny, fill), str(tmp_path / "a"))
     assert read_adapter(str(tmp_path / "a")).modules
+
+
+def test_a_model_built_from_lora_layers_by_hand_is_saved_whole(tmp_path):
+    """Layers used as drop-ins, without inject: what is trainable beside them is stored too."""
+    from torch import nn
+
+    from lora_export import LoraLinear
+
+    def build():
+        torch.manual_seed(1)
+        return nn.Sequential(LoraLinear(6, 5, rank=2), nn.ReLU(), nn.Linear(5, 3))
+
+    model, x = build(), torch.randn(4, 6)
+    with torch.no_grad():
+        model[0].lora_B.normal_()
+        model[2].bias.normal_()
+    adapter = save_adapter(model, tmp_path / "a.safetensors")
+    assert adapter.replaced.keys() == {"2.weight", "2.bias"}
+    again = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    again[0].load_state_dict({k: v for k, v in model[0].state_dict().items() if "lora" not in k})
+    load_adapter(again, tmp_path / "a.safetensors")
+    assert torch.equal(again(x), model(x))
