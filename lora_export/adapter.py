@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import formats, peft_names, storage
+from lora_export import formats, peft_names, publishing, storage
 from lora_export.errors import InputError, listed
 from lora_export.records import Adapter, all_finite
 
@@ -52,7 +52,7 @@ def save_adapter(model: "nn.Module", path: str | Path, **about: Any) -> Adapter:
     adapter = describe(model, **about)
     if bad := [name for name, v in peft_names.tensors_of(adapter).items() if not all_finite(v)]:
         raise InputError(listed("these tensors have values that are NaN or infinite", bad))
-    with storage.staged(Path(path), overwrite=True) as file:
+    with publishing.staged(Path(path), overwrite=True) as file:
         formats.load("native").write(adapter, file)
     return adapter
 

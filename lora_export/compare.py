@@ -58,13 +58,13 @@ def distance(
 
 def valid(output: Array, batch: Batch, evidence: Evidence, name: str) -> Array:
     """Return `output` without its padded positions, where it has a sequence axis."""
-    if _is_sequence(evidence, name):
+    if is_sequence(evidence, name):
         attended: Array = output[batch.mask.astype(bool)]
         return attended
     return output
 
 
-def _is_sequence(evidence: Evidence, name: str) -> bool:
+def is_sequence(evidence: Evidence, name: str) -> bool:
     """Whether the second axis of the output `name` is the sequence."""
     return any(spec.axes[1:2] == ("sequence",) for spec in _specs(evidence, name))
 
@@ -84,7 +84,7 @@ def _defect(
     if expected.keys() != found.keys():
         return f"outputs {sorted(found)}, expected {sorted(expected)}"
     for name, array in found.items():
-        if _is_sequence(evidence, name) and array.shape[:2] != batch.mask.shape:
+        if is_sequence(evidence, name) and array.shape[:2] != batch.mask.shape:
             return f"{name} has shape {array.shape}, the mask {batch.mask.shape}"
         if array.shape != expected[name].shape:
             return f"{name} has shape {array.shape}, expected {expected[name].shape}"

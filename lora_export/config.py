@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from lora_export import registry
 from lora_export.errors import InputError
 
 ALL_LINEAR = "all-linear"
 INITS = ("kaiming", "gaussian")
+VARIANTS = "lora_export.variants"
 T = TypeVar("T")
 
 
@@ -41,15 +43,21 @@ class LoraConfig:
         for name in ("targets", "exclude", "modules_to_save"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            object.__setattr__(self, "layers", _indices(self.layers))
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise InputError(f"{name} is {getattr(self, name)!r}; expected a mapping")
         for rank in (self.rank, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise InputError(f"rank is {rank!r}; expected a whole number of at least 1")
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
+            if not (_is_number(alpha) and math.isfinite(alpha) and alpha > 0):
                 raise InputError(f"alpha is {alpha!r}; expected a number above 0")
-        if not 0 <= self.dropout < 1:
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise InputError(f"dropout is {self.dropout!r}; expected 0 <= dropout < 1")
+        if self.variant not in registry.names(VARIANTS):
+            known = ", ".join(registry.names(VARIANTS))
+            raise InputError(f"variant is {self.variant!r}; expected one of {known}")
         if self.init not in INITS:
             raise InputError(f"init is {self.init!r}; expected one of {', '.join(INITS)}")
         if not self.targets:
@@ -131,6 +139,17 @@ def nearest(name: str, candidates: Iterable[str], most: int = 3) -> str:
         by_end.setdefault(".".join(path.split(".")[-width:]), path)
     close = difflib.get_close_matches(name, by_end, n=most, cutoff=0.5)
     return ", ".join([by_end[end] for end in close] or list(by_end.values())[:most])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _indices(layers: object) -> tuple[int, ...]:
+    found = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    if all(isinstance(index, int) and index >= 0 for index in found):
+        return found
+    raise InputError(f"layers is {layers!r}; expected indices of layers")
 
 
 def _any(pattern: str, paths: Iterable[str], test: Callable[[str, str], bool]) -> bool:

@@ -19,6 +19,14 @@ from lora_export.records import Adapter, Array, Factors
 from lora_export.storage import fingerprint
 
 _STATE = "_lora_export"
+# How transformers names the classes of a task, and PEFT the task.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
 
 
 @dataclass
@@ -144,15 +152,26 @@ def extract(model: nn.Module) -> Adapter:
 def describe(model: nn.Module, **about: Any) -> Adapter:
     """Return the adapter that `model` holds, with `about` and the base's fingerprint filled in.
 
+    Labels and task type come from the model where `about` does not say them.
     The fingerprint covers the base's weight of every adapted layer, as it is in memory.
     """
-    adapter = replace(extract(model), **about)
+    adapter = replace(extract(model), **{**_known(model), **about})
     architecture = adapter.base.architecture or type(model).__name__
     mark = fingerprint(
         (f"{path}.weight", *_bytes(layer.weight)) for path, layer in lora_layers(model).items()
     )
     base = replace(adapter.base, architecture=architecture, fingerprint=mark)
     return replace(adapter, base=base)
+
+
+def _known(model: nn.Module) -> dict[str, Any]:
+    """Return what a Hugging Face model says of its own task."""
+    name = type(model).__name__
+    task = next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+    labels = getattr(getattr(model, "config", None), "id2label", None)
+    if task not in ("SEQ_CLS", "TOKEN_CLS") or not labels:
+        return {"task_type": task}
+    return {"task_type": task, "labels": tuple(labels[index] for index in sorted(labels))}
 
 
 @contextlib.contextmanager

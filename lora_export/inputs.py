@@ -1,7 +1,8 @@
 """What the models are run on: real sentences, and a grid of shapes made to find faults."""
 
 import csv
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from lora_export.errors import InputError
 from lora_export.records import Array, Batch, Signature
 
 TEXT_BATCH = 16
+LONGEST = 512  # tokens of the longest generated input, where the model would take more
+# Outputs of a language model are wide: batches are left out beyond this many values an output.
+MOST_VALUES = 20_000_000
 # (batch, length, where the padding lies). The traced example has batch 2 and length 7; the grid
-# differs from it in each of batch, length and padding. 0 stands for the model's longest sequence.
+# differs from it in each of batch, length and padding. 0 stands for the model's longest sequence,
+# up to LONGEST.
 GRID = (
     (1, 1, "none"), (1, 2, "none"), (1, 17, "none"), (2, 3, "right"), (3, 8, "left"),
     (4, 16, "hole"), (5, 33, "right"), (8, 64, "left"), (32, 9, "right"), (2, 24, "all but one"),
@@ -36,16 +41,47 @@ def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
     if path is None:
         text = resources.files("lora_export").joinpath("data/sentences.txt").read_text("utf-8")
         return [line for line in text.splitlines() if line.strip()], []
-    file = path / "dev.tsv" if path.is_dir() else path
+    (file,) = files([path])
     try:
-        text = file.read_text("utf-8")
+        text = file.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file}: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {file}: {why}") from error
     texts, labels = _parse(text, file) if file.suffix == ".tsv" else (text.splitlines(), [])
     texts = [line.strip() for line in texts]
     if not all(texts) or not texts:
         raise InputError(f"{file} holds no sentences, or an empty one")
     return texts, labels
+
+
+def files(paths: Iterable[Path]) -> list[Path]:
+    """Return the file that is read for each of `paths`: of a folder, its dev.tsv."""
+    return [path / "dev.tsv" if path.is_dir() else path for path in paths]
+
+
+def within_budget(batches: Sequence[Batch], signature: Signature) -> tuple[Batch, ...]:
+    """Return `batches`, fewer where the outputs are wide: half of the room is for text."""
+    kept: list[Batch] = []
+    room = {"text": MOST_VALUES / 2, "grid": MOST_VALUES / 2}
+    for batch in batches:
+        rows, length = batch.mask.shape
+        sizes = {"batch": rows, "sequence": length}
+        values = sum(
+            math.prod(axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes)
+            for spec in signature.outputs
+        )
+        first = not any(other.source == batch.source for other in kept)
+        if first or values <= room[batch.source]:
+            kept.append(batch)
+            room[batch.source] -= values
+    return tuple(kept)
+
+
+def summary(batches: Sequence[Batch]) -> str:
+    """Return what a run compares on, in words."""
+    texts = sum(len(batch.texts) for batch in batches)
+    shapes = sum(batch.source == "grid" for batch in batches)
+    return f"{texts} sentences and {shapes} shapes"
 
 
 def _parse(text: str, file: Path) -> tuple[list[str], list[int]]:
@@ -92,7 +128,7 @@ def grid_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:
     """Return random token ids at the shapes of `GRID` that the model accepts."""
     batches = []
     for number, (batch, length, padding) in enumerate(GRID):
-        size = min(length or signature.max_length, signature.max_length)
+        size = min(length or LONGEST, signature.max_length)
         arrays = made(signature, batch, size, padding, seed + number)
         batches.append(Batch("grid", f"batch {batch}, length {size}, padding {padding}", arrays))
     return tuple(batches)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export import checks, codec, environment, measurements, report, storage
-from lora_export.errors import InputError
-from lora_export.records import Certificate, Evidence, FileDigest
+from lora_export import checks, codec, environment, measurements, publishing, report, storage
+from lora_export.errors import InputError, listed
+from lora_export.records import Certificate, Evidence, FileDigest, Verdict
 
 CERTIFICATE, REPORT, EVIDENCE = "certificate.json", "report.md", "evidence"
 Say = Callable[[str], None]
@@ -49,7 +49,35 @@ def digests_now(files: Sequence[FileDigest], folder: Path) -> tuple[FileDigest, 
 def write_certificate(certificate: Certificate, folder: Path) -> None:
     """Write certificate.json and report.md to `folder`."""
     for name, kind in ((CERTIFICATE, "json"), (REPORT, "markdown")):
-        (folder / name).write_text(report.render(kind, certificate), "utf-8")
+        with publishing.staged(folder / name, overwrite=True) as file:
+            file.write_text(report.render(kind, certificate), "utf-8")
+
+
+def _held_against(
+    verdicts: Sequence[Verdict],
+    found: Sequence[FileDigest],
+    told: set[tuple[str, str]],
+    recorded: Sequence[FileDigest],
+) -> list[Verdict]:
+    """Return what only the old certificate can tell: other evidence, a verdict that is gone."""
+    lost = told - {(v.check, v.subject) for v in verdicts} - {("intact", "evidence")}
+    faults = [checks.not_run(*claim, "its evidence is gone") for claim in sorted(lost)]
+    if changed := {file.name for file in set(found) ^ set(recorded)}:
+        note = listed("changed since", changed)
+        faults.append(
+            checks.counted("intact", "evidence", len(changed), len(found), "changed", note)
+        )
+    return faults
+
+
+def publish_evidence(evidence: Evidence, certificate: Certificate, folder: Path) -> Certificate:
+    """Write the evidence and the certificate over it to `folder`; return the certificate."""
+    (folder / EVIDENCE).mkdir()
+    codec.save(evidence, folder / EVIDENCE, EVIDENCE)
+    digests = tuple(storage.digest(file) for file in sorted((folder / EVIDENCE).iterdir()))
+    complete = dataclasses.replace(certificate, evidence=digests)
+    write_certificate(complete, folder)
+    return complete
 
 
 def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
@@ -77,10 +105,15 @@ def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
         given = codec.from_json(tuple[FileDigest, ...], old["inputs"], {})
         command, settings = str(old["command"]), dict(old["settings"])
         surroundings = dict(old["environment"])
+        recorded = codec.from_json(tuple[FileDigest, ...], old["evidence"], {})
+        told = {(str(v["check"]), str(v["subject"])) for v in old["verdicts"]}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / CERTIFICATE} is damaged: {error}") from error
+    fresh = certify(evidence, checks.RUN, command, given, settings, 1)
+    found = tuple(storage.digest(file) for file in sorted((folder / EVIDENCE).iterdir()))
+    verdicts = (*fresh.verdicts, *_held_against(fresh.verdicts, found, told, recorded))
     certificate = dataclasses.replace(
-        certify(evidence, checks.RUN, command, given, settings, 1), environment=surroundings
+        fresh, verdicts=verdicts, environment=surroundings, evidence=recorded
     )
     write_certificate(certificate, folder)
     return certificate

@@ -23,7 +23,7 @@ TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 # What a user of the base needs beside the weights. Code of the model is left behind on purpose.
-_COMPANIONS = (
+COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
@@ -89,10 +89,21 @@ def write_merged(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         storage.write_json(out / storage.INDEX, index)
     storage.write_json(out / "config.json", _config_json(checkpoint.root, config, plan))
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         if (checkpoint.root / name).is_file():
-            shutil.copyfile(checkpoint.root / name, out / name)
-    storage.write_json(out / PROVENANCE, _provenance(plan, adapter, checkpoint))
+            _copy(checkpoint.root / name, out / name)
+    files = {name: storage.sha256(out / name) for name in checkpoint.shards}
+    storage.write_json(out / PROVENANCE, {**_provenance(plan, adapter, checkpoint), "files": files})
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file that belongs to the base, without the place that it once was loaded from."""
+    if source.name == "tokenizer_config.json":
+        fields = storage.read_json(source)
+        fields.pop("name_or_path", None)
+        storage.write_json(target, fields)
+    else:
+        shutil.copyfile(source, target)
 
 
 def _new_tensor(step: Step, adapter: Adapter, checkpoint: Checkpoint) -> NewTensor:
@@ -133,7 +144,8 @@ def _config_json(base: Path, config: Any, plan: MergePlan) -> dict[str, Any]:
     for name in ("id2label", "label2id", "pad_token_id"):
         if (value := getattr(config, name, None)) is not None:
             fields[name] = value
-    fields.pop("num_labels", None)
+    for name in ("num_labels", "_name_or_path"):  # told by the labels; a place, perhaps a path
+        fields.pop(name, None)
     dtypes = {step.dtype for step in plan.of(MERGE)}
     for name in ("dtype", "torch_dtype"):
         if name in fields and len(dtypes) == 1:

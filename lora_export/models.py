@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export import storage
-from lora_export.errors import AdapterMismatch, InputError, listed
+from lora_export.errors import AdapterMismatch, InputError, LoraExportError, listed
 from lora_export.records import Adapter, Signature, TensorSpec
 
 # PEFT's task types -> transformers' tables from model type to class name
@@ -46,6 +46,10 @@ def architecture_of(adapter: Adapter, base: Path) -> str:
     if adapter.base.architecture:
         return adapter.base.architecture
     config = storage.read_json(base / "config.json")
+    if adapter.task_type and adapter.task_type not in _TASK_TABLES:
+        raise InputError(
+            f"the adapter's task_type is {adapter.task_type!r}; known: {', '.join(_TASK_TABLES)}"
+        )
     if table := _TASK_TABLES.get(adapter.task_type or ""):
         from transformers.models.auto import modeling_auto
 
@@ -79,15 +83,23 @@ def class_count(adapter: Adapter) -> int | None:
     return min(biases) if adapter.task_type in ("SEQ_CLS", "TOKEN_CLS") and biases else None
 
 
-def load(base: Path, config: Any, *, provided: Mapping[str, Any] | None = None) -> nn.Module:
+def load(
+    base: Path,
+    config: Any,
+    *,
+    provided: Mapping[str, Any] | None = None,
+    all_used: bool = False,
+) -> nn.Module:
     """Return the model in `base`, in eval mode and in the checkpoint's dtype.
 
     Args:
         base: Directory with config and weights.
         config: What `config_of` returned.
         provided: Names of tensors that the caller will fill in: the adapter's heads.
+        all_used: Refuse a checkpoint that holds more than the model uses.
 
     Raises:
+        InputError: the checkpoint holds tensors that the model would ignore.
         AdapterMismatch: a weight is neither in the checkpoint nor in `provided`, so the model
             would compute with random numbers.
     """
@@ -105,6 +117,9 @@ def load(base: Path, config: Any, *, provided: Mapping[str, Any] | None = None) 
         raise AdapterMismatch(
             listed(f"{base} and the adapter lack weights of {kind.__name__}", missing)
         )
+    if all_used and (unused := set(report["unexpected_keys"])):
+        hint = "; an adapter in it was never merged" if any("lora_" in n for n in unused) else ""
+        raise InputError(listed(f"{base}: {kind.__name__} ignores these tensors{hint}", unused))
     if report["mismatched_keys"]:
         wrong = {str(entry[0]) for entry in report["mismatched_keys"]} - set(provided or {})
         if wrong:
@@ -115,8 +130,13 @@ def load(base: Path, config: Any, *, provided: Mapping[str, Any] | None = None) 
 
 def blank(config: Any) -> nn.Module:
     """Return the model of `config` on the meta device: names and shapes without weights."""
-    with quiet(), torch.device("meta"):
-        model: nn.Module = _model_class(config.architectures[0])(config)
+    try:
+        with quiet(), torch.device("meta"):
+            model: nn.Module = _model_class(config.architectures[0])(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        if isinstance(error, LoraExportError):
+            raise
+        raise InputError(f"no model can be built from the config: {_first_line(error)}") from error
     return model
 
 
@@ -168,9 +188,9 @@ def as_tensors(model: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ..
 
 
 def signature_of(model: nn.Module, tokens: Any) -> Signature:
-    """Return the signature of `model`: inputs that both it and its tokenizer know, first output.
+    """Return the signature of `model`: inputs that both it and its tokenizer know, all outputs.
 
-    The axes of the output are found by running the model at two shapes: an axis that follows the
+    The axes of the outputs are found by running the model at two shapes: one that follows the
     batch or the sequence is dynamic, any other is fixed.
 
     Raises:
@@ -190,14 +210,19 @@ def signature_of(model: nn.Module, tokens: Any) -> Signature:
         config.use_cache = False  # a cache is state, and not part of this signature
     _set_padding(tokens, config, type(model).__name__)
     pad = int(tokens.pad_token_id)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{type(model).__name__}: encoder-decoder models are not exported yet")
     specs = tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in names)
     blank = Signature(specs, (), _max_length(model, tokens), config.vocab_size, pad)
-    (name, small), (_, large) = (_first_output(model, blank, *shape) for shape in ((2, 5), (3, 7)))
+    small, large = (_outputs(model, blank, *shape) for shape in ((2, 5), (3, 7)))
     sizes = {(2, 3): "batch", (5, 7): "sequence"}
-    axes = tuple(sizes.get((a, b), a) for a, b in zip(small.shape, large.shape, strict=True))
-    wide = torch.promote_types(small.dtype, torch.float32)  # what half precision is handed over as
-    output = TensorSpec(name, str(wide).removeprefix("torch."), axes)
-    return replace(blank, outputs=(output,))
+    found = []
+    for name, value in small.items():
+        pairs = zip(value.shape, large[name].shape, strict=True)
+        wide = torch.promote_types(value.dtype, torch.float32)  # how half precision is handed over
+        axes = tuple(sizes.get((a, b), a) for a, b in pairs)
+        found.append(TensorSpec(name, str(wide).removeprefix("torch."), axes))
+    return replace(blank, outputs=tuple(found))
 
 
 def _set_padding(tokens: Any, config: Any, architecture: str) -> None:
@@ -219,12 +244,11 @@ def _set_padding(tokens: Any, config: Any, architecture: str) -> None:
 
 
 @torch.inference_mode()
-def _first_output(
-    model: nn.Module, signature: Signature, batch: int, length: int
-) -> tuple[str, Tensor]:
+def _outputs(model: nn.Module, signature: Signature, batch: int, length: int) -> dict[str, Tensor]:
+    """Return every tensor that the model answers with, by name."""
     inputs = {spec.name: torch.ones(batch, length, dtype=torch.int64) for spec in signature.inputs}
     found = model(**inputs, return_dict=True)
-    return next((name, value) for name, value in found.items() if isinstance(value, Tensor))
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _max_length(model: nn.Module, tokens: Any) -> int:
@@ -261,8 +285,13 @@ def _model_class(architecture: str) -> Any:
 def _loaded(kind: Any, base: Path, what: str) -> Any:
     try:
         return kind.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no usable {what} in {base}: {error}") from error
+    except Exception as error:  # these files are somebody's, and transformers raises as it comes
+        raise InputError(f"no usable {what} in {base}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

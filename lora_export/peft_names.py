@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_export import variants
 from lora_export.errors import InputError, listed
-from lora_export.records import Adapter, Array, Factors, all_finite
+from lora_export.records import Adapter, Array, Factors, Promises, all_finite
 
 PREFIX = "base_model.model."
 _PAIR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
@@ -35,6 +35,17 @@ _REFUSED = {
     "trainable_token_indices": "trainable tokens",
     "enable_lora": "MergedLinear of PEFT 0.2",
 }
+# Fields that do not change the merged weight, or that the tensors in the file answer for.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "merge_weights", "modules_to_save", "monteclora_config",
+    "alpha_pattern", "init_lora_weights", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+    "velora_config",
+}  # fmt: skip
+_TEXTS = ("task_type", "base_model_name_or_path", "revision")
 WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")  # tasks for which PEFT expects a head in the file
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -49,7 +60,7 @@ def read(
     """
     unsound = _number_faults(config)
     faults = [*_config_faults(config), *unsound]
-    variant = "rslora" if config.get("use_rslora") else "lora"
+    variant = "rslora" if config.get("use_rslora") is True else "lora"
     halves: dict[str, dict[str, Array]] = {}
     replaced: dict[str, Array] = {}
     for key, value in tensors.items():
@@ -61,7 +72,10 @@ def read(
             bad = int(value.size - np.isfinite(value).sum())
             faults.append(f"{key}: {bad} of {value.size} values are NaN or infinite")
         elif pair := _PAIR.fullmatch(key.removeprefix(PREFIX)):
-            halves.setdefault(pair["path"], {})[pair["side"]] = _wide(value)
+            sides = halves.setdefault(pair["path"], {})
+            if pair["side"] in sides:
+                faults.append(f"{key}: a second lora_{pair['side']} for {pair['path']}")
+            sides[pair["side"]] = _wide(value)
         elif _LORA.search(key):
             faults.append(f"{key}: a kind of tensor that this version cannot merge")
         else:
@@ -121,6 +135,23 @@ def dropout_of(config: Mapping[str, Any], where: str) -> float:
     return float(value)
 
 
+def promised(config: Mapping[str, Any]) -> Promises:
+    """Return the modules that the config says were adapted or trained whole.
+
+    `target_modules` counts only as a list that nothing else narrows.
+    """
+    targets, saved = config.get("target_modules"), config.get("modules_to_save")
+    narrowed = config.get("layers_to_transform") or config.get("exclude_modules")
+    return Promises(
+        adapted=_names(targets) if not narrowed else (),
+        saved=_names(saved),
+    )
+
+
+def _names(value: object) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
+
+
 def tensors_of(adapter: Adapter) -> dict[str, Array]:
     """Return the tensors of `adapter` under PEFT's names, sorted."""
     tensors = {PREFIX + name: value for name, value in adapter.replaced.items()}
@@ -132,6 +163,15 @@ def tensors_of(adapter: Adapter) -> dict[str, Array]:
 
 def _config_faults(config: Mapping[str, Any]) -> list[str]:
     faults = [f"{what} is not supported yet" for name, what in _REFUSED.items() if config.get(name)]
+    unknown = config.keys() - _HARMLESS - _REFUSED.keys()
+    faults += [f"config: {n} is set, and not known to this version" for n in unknown if config[n]]
+    if config.get("use_rslora") not in (None, False, True):
+        faults.append(f"config: use_rslora is {config['use_rslora']!r}; expected true or false")
+    faults += [
+        f"config: {name} is {config[name]!r}; expected a text"
+        for name in _TEXTS
+        if not isinstance(config.get(name), str | None)
+    ]
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         faults.append(f"peft_type is {kind!r}; expected 'LORA'")
@@ -150,7 +190,20 @@ def _number_faults(config: Mapping[str, Any]) -> list[str]:
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
             faults.append(f"config: {name} is {patterns!r}; expected patterns with numbers above 0")
+        faults += [
+            f"config: {name} holds a bad regular expression {pattern!r}"
+            for pattern in patterns
+            if not _is_expression(str(pattern))
+        ]
     return faults
+
+
+def _is_expression(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _is_positive(value: object) -> bool:
@@ -201,10 +254,7 @@ def _factors(path: str, a: Array, b: Array, config: Mapping[str, Any], variant: 
 def _pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
     """Return the value that PEFT's patterns give for `path`; refuse where their order decides."""
     patterns = config.get(name) or {}
-    try:
-        found = {k: v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)}
-    except re.error as error:
-        raise InputError(f"{name} holds a bad regular expression: {error}") from error
+    found = {k: v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)}
     if len(set(found.values())) > 1:
         raise InputError(f"{path}: {name} is ambiguous, PEFT's order of {found} decides")
     return next(iter(found.values()), default)

@@ -9,11 +9,20 @@ from pathlib import Path
 
 import torch
 
-from lora_export import checks, codec, exporters, inputs, models, stages, storage, timing
-from lora_export.judging import EVIDENCE, Say, certify, digests_now, silent, write_certificate
+from lora_export import (
+    checks,
+    exporters,
+    inputs,
+    models,
+    publishing,
+    registry,
+    stages,
+    storage,
+    timing,
+)
+from lora_export.judging import Say, certify, digests_now, publish_evidence, silent
 from lora_export.records import MERGED, REFERENCE, UNMERGED, Certificate, Evidence
 
-FORMATS = ("onnx", "torchscript")
 MERGED_FOLDER = "merged"
 
 
@@ -23,7 +32,7 @@ def run(
     base: str | None = None,
     out: str | Path = "run",
     data: str | Path | None = None,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = registry.DEFAULT_EXPORTERS,
     overwrite: bool = False,
     allow_base_mismatch: bool = False,
     seed: int = 0,
@@ -47,15 +56,14 @@ def run(
     Raises:
         InputError, AdapterMismatch, ExportFailed: nothing is left behind then.
     """
-    out = Path(out)
-    storage.refuse_existing(out, overwrite=overwrite)
-    texts, labels = inputs.read_texts(Path(data) if data is not None else None)
-    threads = timing.threads()
-    torch.set_num_threads(threads)
-
+    out, source = Path(out), Path(data) if data is not None else None
+    publishing.check_output(out, overwrite=overwrite, directory=True)
+    texts, labels = inputs.read_texts(source)
     say("reading adapter and base")
     job = stages.open_job(adapter, base, allow_base_mismatch=allow_base_mismatch)
-    with storage.staged(out, overwrite=overwrite) as folder:
+    models.tokenizer(job.base)  # a base without one is known before anything is written
+    publishing.check_output(out, overwrite=overwrite, directory=True, inputs=job.places(source))
+    with timing.all_threads() as threads, publishing.staged(out, overwrite=overwrite) as folder:
         folder.mkdir()
         say("merging")
         merged = stages.merge_stage(job, folder / MERGED_FOLDER)
@@ -66,9 +74,8 @@ def run(
         for name in formats:
             say(f"exporting {name}")
             artifacts[name] = stages.export_stage(name, subject, folder)
-        files = storage.digest_tree(folder)
-        say(f"comparing on {len(texts)} sentences and {len(inputs.GRID)} shapes")
         batches = stages.batches_of(subject, texts, labels, seed)
+        say(f"comparing on {inputs.summary(batches)}")
         runners = stages.open_runners(artifacts, folder, threads)
         recordings = stages.record_all(unmerged, subject, runners, batches)
         say("timing")
@@ -83,16 +90,13 @@ def run(
             batches=batches,
             recordings=recordings,
             timings=timings,
-            files=files,
+            files=(*merged.files, *(f for a in artifacts.values() for f in a.files)),
             files_now=storage.digest_tree(folder),
         )
         say("judging")
-        settings = {"seed": seed, "notes": [*job.plan.notes, *job.adapter.notes]}
-        certificate = certify(evidence, checks.RUN, command, job.inputs(), settings, threads)
-        (folder / EVIDENCE).mkdir()
-        codec.save(evidence, folder / EVIDENCE, EVIDENCE)
-        write_certificate(certificate, folder)
-    return certificate
+        settings = job.settings(seed=seed, formats=list(formats), inputs=inputs.summary(batches))
+        certificate = certify(evidence, checks.RUN, command, job.inputs(source), settings, threads)
+        return publish_evidence(evidence, certificate, folder)
 
 
 def merge_files(
@@ -112,21 +116,22 @@ def merge_files(
         InputError, AdapterMismatch: nothing is left behind then.
     """
     out = Path(out)
-    storage.refuse_existing(out, overwrite=overwrite)
+    publishing.check_output(out, overwrite=overwrite, directory=True)
     say("reading adapter and base")
     job = stages.open_job(adapter, base, dtype=dtype, allow_base_mismatch=allow_base_mismatch)
-    with storage.staged(out, overwrite=overwrite) as folder:
+    publishing.check_output(out, overwrite=overwrite, directory=True, inputs=job.places())
+    with publishing.staged(out, overwrite=overwrite) as folder:
         say("merging")
         merged = stages.merge_stage(job, folder)
         say("auditing")
         evidence = Evidence(
             account=merged.account,
             weights=merged.weights,
-            modules=stages.modules_of(models.load(folder, job.config)),
+            modules=stages.modules_of(stages.load_merged(folder)),
             files=storage.digest_tree(folder),
         )
-        settings = {"dtype": dtype, "notes": [*job.plan.notes, *job.adapter.notes]}
-        return certify(evidence, checks.MERGE, command, job.inputs(), settings, 1)
+        threads, settings = torch.get_num_threads(), job.settings(dtype=dtype)
+        return certify(evidence, checks.MERGE, command, job.inputs(), settings, threads)
 
 
 def export_file(
@@ -147,17 +152,16 @@ def export_file(
     """
     source = Path(model)
     target = Path(out) if out is not None else Path(f"model{exporters.load(name).SUFFIX}")
-    storage.refuse_existing(target, overwrite=overwrite)
-    texts, labels = inputs.read_texts(Path(data) if data is not None else None)
-    threads = timing.threads()
-    torch.set_num_threads(threads)
+    given = [Path(data)] if data is not None else []
+    publishing.check_output(target, overwrite=overwrite, directory=False, inputs=[source, *given])
+    texts, labels = inputs.read_texts(given[0] if given else None)
     say("loading the model")
     subject = stages.load_subject(source)
-    with storage.staged(target, overwrite=overwrite) as path:
+    with timing.all_threads() as threads, publishing.staged(target, overwrite=overwrite) as path:
         say(f"exporting {name}")
         artifact = stages.export_stage(name, subject, path.parent, path.name)
-        say(f"comparing on {len(texts)} sentences and {len(inputs.GRID)} shapes")
         batches = stages.batches_of(subject, texts, labels, seed)
+        say(f"comparing on {inputs.summary(batches)}")
         runner = stages.open_runners({name: artifact}, path.parent, threads)[name]
         exact = subject.runner(REFERENCE, stages.exact(subject.model))
         recordings = {
@@ -174,5 +178,6 @@ def export_file(
             files=artifact.files,
             files_now=digests_now(artifact.files, path.parent),
         )
-        digests = storage.digest_tree(source)
-        return certify(evidence, checks.EXPORT, command, digests, {"seed": seed}, threads)
+        digests = (*storage.digest_tree(source), *map(storage.digest, inputs.files(given)))
+        settings = {"seed": seed, "inputs": inputs.summary(batches)}
+        return certify(evidence, checks.EXPORT, command, digests, settings, threads)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_export.config import nearest
+from lora_export.config import matches, nearest
 from lora_export.errors import AdapterMismatch, InputError, listed
 from lora_export.lora import LoraConv1D, layer_class
 from lora_export.records import Adapter
@@ -77,12 +77,18 @@ def plan(
         *_module_faults(adapter, checkpoint, model, sources, wanted),
         *_replaced_faults(adapter, model, wanted),
         *_missing(adapter, sources, wanted),
+        *_broken_promises(adapter, model),
+        *(f"{n}: the base holds an unmerged adapter" for n in checkpoint.tensors if "lora_" in n),
     ]
     if faults:
         raise AdapterMismatch(
             listed(f"the adapter does not fit the base {checkpoint.root.name}", faults)
         )
     notes = _check_fingerprint(adapter, checkpoint, sources, allow=allow_base_mismatch)
+    if absent := _unadapted(adapter, model):
+        notes += (
+            listed("the config targets these modules, the file has no pair for them", absent),
+        )
     steps = _steps(adapter, checkpoint, model, sources, dtype)
     used = {step.source for step in steps}
     kind = type(model).__name__
@@ -155,7 +161,10 @@ def _replaced_faults(
     state = model.state_dict()
     faults = []
     for name, value in adapter.replaced.items():
-        if name not in wanted:
+        if len(wanted.get(name, ())) > 1:
+            others = ", ".join(sorted(wanted[name] - {name}))
+            faults.append(f"{name}: is shared with {others}, which the adapter does not replace")
+        elif name not in wanted:
             faults.append(f"{name}: no such tensor (near: {nearest(name, wanted)})")
         elif tuple(state[name].shape) != value.shape:
             faults.append(
@@ -172,6 +181,35 @@ def _missing(
         f"{name}: neither the base nor the adapter has it"
         for name, group in wanted.items()
         if not group & have
+    ]
+
+
+def _broken_promises(adapter: Adapter, model: nn.Module) -> list[str]:
+    """Return what the config says was trained and the file lost: a head, a layer named in full."""
+    paths = dict(model.named_modules())
+    heads = [
+        path
+        for path, module in paths.items()
+        if any(matches(name, path) for name in adapter.promises.saved)
+        and any(True for _ in module.parameters())
+        and not any(tensor.startswith(path + ".") for tensor in adapter.replaced)
+    ]
+    layers = [n for n in adapter.promises.adapted if n in paths and n not in adapter.modules]
+    return [
+        *(f"{path}: trained whole by the config, absent from the file" for path in heads),
+        *(f"{path}: adapted by the config, absent from the file" for path in layers if "." in path),
+    ]
+
+
+def _unadapted(adapter: Adapter, model: nn.Module) -> list[str]:
+    """Return the linear modules that the config's targets match and the file has no pair for."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if layer_class(module)
+        and path not in adapter.modules
+        and f"{path}.weight" not in adapter.replaced
+        and any(path == name or path.endswith("." + name) for name in adapter.promises.adapted)
     ]
 
 

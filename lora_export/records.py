@@ -4,13 +4,14 @@ Shapes are written in plain letters: `in`, `out`, `rank`, `batch`, `sequence`, `
 """
 
 import enum
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lora_export.errors import CheckFailed, listed
 
 Array = NDArray[Any]
 
@@ -64,6 +65,14 @@ class BaseRef:
 
 
 @dataclass(frozen=True)
+class Promises:
+    """What an adapter's config says was trained, to be held against what its file holds."""
+
+    adapted: tuple[str, ...] = ()  # module paths, or ends of paths
+    saved: tuple[str, ...] = ()  # modules stored whole: paths, or ends of paths
+
+
+@dataclass(frozen=True)
 class Adapter:
     """One adapter, whatever file format it came from."""
 
@@ -73,10 +82,11 @@ class Adapter:
     dropout: float = 0.0
     task_type: str | None = None  # PEFT's name: SEQ_CLS, CAUSAL_LM, ...
     base: BaseRef = field(default_factory=BaseRef)
+    promises: Promises = field(default_factory=Promises)
     labels: tuple[str, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
     format: str = "memory"
-    sha256: str | None = None  # of the file that it was read from
+    sha256: str | None = None  # of the file, or over the files, that it was read from
     notes: tuple[str, ...] = ()
 
 
@@ -299,16 +309,18 @@ class Certificate:
     outputs: tuple[FileDigest, ...]
     environment: Mapping[str, Any]
     settings: Mapping[str, Any]
+    evidence: tuple[FileDigest, ...] = ()  # the files that the verdicts were drawn from
 
     @property
     def ok(self) -> bool:
         """Whether there are verdicts and every one of them is a pass."""
         return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
 
-
-def is_finite(value: float | None) -> bool:
-    """Return whether `value` is a number that is neither NaN nor infinite."""
-    return value is not None and math.isfinite(value)
+    def require(self) -> None:
+        """Raise `CheckFailed`, with the verdicts that are no pass, unless all of them are."""
+        if not self.ok:
+            bad = [f"{v.check} of {v.subject}: {v.status}" for v in self.verdicts if not v.passed]
+            raise CheckFailed(listed("not proven", bad or ["there are no verdicts"]))
 
 
 def all_finite(array: Array) -> bool:

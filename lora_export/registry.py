@@ -12,6 +12,7 @@ from typing import Any
 from lora_export.errors import InputError
 
 EXPORTERS = "lora_export.exporters"  # listed by the command line, which loads none of them
+DEFAULT_EXPORTERS = ("onnx", "torchscript")  # what a run makes where nothing else is asked for
 Entry = Any  # a module; what it must provide is said by the folder's own docstring
 
 

@@ -48,14 +48,34 @@ class Job:
     plan: MergePlan
     source: Path  # of the adapter
 
-    def inputs(self) -> tuple[FileDigest, ...]:
-        """Return the digests of everything that went in."""
+    origin: str  # how the base was found
+
+    def places(self, data: Path | None = None) -> tuple[Path, ...]:
+        """Return the paths of everything that goes in."""
+        return (self.source, self.base) if data is None else (self.source, self.base, data)
+
+    def inputs(self, data: Path | None = None) -> tuple[FileDigest, ...]:
+        """Return the digests of everything that goes in: adapter, base, tokenizer, sentences."""
         if self.source.is_dir():
             own = storage.digest_tree(self.source)
         else:
             own = (storage.digest(self.source),)
-        names = (*self.checkpoint.shards, "config.json")
-        return (*own, *(storage.digest(self.base / name, f"base/{name}") for name in names))
+        companions = [n for n in merging.COMPANIONS if (self.base / n).is_file()]
+        names = (*self.checkpoint.shards, "config.json", *companions)
+        texts = inputs.files([data]) if data is not None else []
+        return (
+            *own,
+            *(storage.digest(self.base / name, f"base/{name}") for name in names),
+            *(storage.digest(text) for text in texts),
+        )
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """Return what decided the result beside the inputs."""
+        return {
+            "base": f"{self.adapter.base.public_id or self.base.name} ({self.origin})",
+            **more,
+            "notes": [*self.plan.notes, *self.adapter.notes],
+        }
 
 
 def open_job(
@@ -90,7 +110,7 @@ def open_job(
     target = DTYPES.get(dtype) if dtype != "keep" else None
     assert target is None or target in FLOATS
     steps = plan(found, checkpoint, blank, dtype=target, allow_base_mismatch=allow_base_mismatch)
-    return Job(found, place.path, checkpoint, config, blank, steps, Path(adapter))
+    return Job(found, place.path, checkpoint, config, blank, steps, Path(adapter), place.origin)
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,7 @@ class MergeRecord:
 
     account: Account
     weights: tuple[WeightAudit, ...]
+    files: tuple[FileDigest, ...]
 
 
 def merge_stage(job: Job, folder: Path) -> MergeRecord:
@@ -108,6 +129,7 @@ def merge_stage(job: Job, folder: Path) -> MergeRecord:
     return MergeRecord(
         auditing.account(job.plan, job.adapter, job.checkpoint, written),
         auditing.weights(job.plan, job.adapter, job.checkpoint, written),
+        storage.digest_tree(folder, f"{folder.name}/"),
     )
 
 
@@ -131,20 +153,41 @@ class Subject:
         return models.as_tensors(model or self.model, ins, outs)
 
 
-def load_subject(folder: Path) -> Subject:
+def load_merged(folder: Path) -> nn.Module:
     """Load the merged model in `folder` as any user would: with plain transformers.
 
     Raises:
-        InputError: it holds no model, or no tokenizer.
+        InputError: it holds no model, one that was changed after the merge, or tensors that the
+            model does not use: an adapter that was never merged, for instance.
         AdapterMismatch: weights are missing.
     """
     if not folder.is_dir():
         raise InputError(f"no merged model in {folder}: run `lora-export merge` first")
+    if not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = "it is an adapter; run `lora-export merge` first" if adapter else "no config.json"
+        raise InputError(f"no model in {folder}: {hint}")
+    _refuse_altered(folder)
     architecture = models.architecture_of(Adapter({}, {}, "lora"), folder)
     config = models.config_of(folder, architecture, (), None)
-    model = models.load(folder, config)
+    return models.load(folder, config, all_used=True)
+
+
+def load_subject(folder: Path) -> Subject:
+    """Load the merged model in `folder` with its tokenizer; raises as `load_merged` does."""
+    model = load_merged(folder)
     tokens = models.tokenizer(folder)
     return Subject(folder, model, tokens, models.signature_of(model, tokens))
+
+
+def _refuse_altered(folder: Path) -> None:
+    """Refuse weights that are not the ones that the merge wrote and audited."""
+    if not (folder / merging.PROVENANCE).is_file():
+        return
+    written = storage.read_json(folder / merging.PROVENANCE).get("files", {})
+    now = {file.name: file.sha256 for file in storage.digest_tree(folder)}
+    if changed := [name for name, digest in written.items() if now.get(name) != digest]:
+        raise InputError(listed(f"{folder} was changed after it was merged", changed))
 
 
 def load_unmerged(job: Job) -> nn.Module:
@@ -216,10 +259,11 @@ def batches_of(
     classes = len(subject.model.config.id2label)  # type: ignore[union-attr, arg-type]
     if bad := sorted({label for label in labels if not 0 <= label < classes}):
         raise InputError(listed(f"labels outside 0 to {classes - 1}", map(str, bad)))
-    return (
+    batches = (
         *inputs.text_batches(subject.tokens, subject.signature, texts, labels),
         *inputs.grid_batches(subject.signature, seed),
     )
+    return inputs.within_budget(batches, subject.signature)
 
 
 def record(runner: Runner, batches: Iterable[Batch]) -> Recording:

@@ -1,20 +1,16 @@
-"""Safetensors files read lazily and written in one pass; digests; publishing in one step.
+"""Safetensors files read lazily and written in one pass; digests.
 
-All writing of this package goes through here, and so does all reading of untrusted tensor files.
+All reading of untrusted tensor files goes through here.
 No torch: a tensor is its bytes, its dtype's name and its shape.
 Source of the file layout: the safetensors format description (8-byte little-endian header length,
 JSON header, then the tensors' bytes).
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +34,6 @@ MOST_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 LFS_POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-STAGING = ".staging-"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 # ---------------------------------------------------------------- reading
@@ -101,8 +95,6 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if not isinstance(metadata, dict) or not all(
             isinstance(text, str) for text in metadata.values()
         ):
-            raise InputError(f"{path}: the safetensors metadata is damaged")
-        if not all(isinstance(text, str) for text in {**metadata}.values()):
             raise InputError(f"{path}: the safetensors metadata is damaged")
         tensors = {
             name: _tensor_info(path, name, entry, 8 + length) for name, entry in header.items()
@@ -213,10 +205,10 @@ def digest(path: Path, name: str | None = None) -> FileDigest:
     return FileDigest(name or path.name, path.stat().st_size, sha256(path))
 
 
-def digest_tree(root: Path) -> tuple[FileDigest, ...]:
-    """Return the digests of all files below `root`, sorted by name relative to it."""
+def digest_tree(root: Path, prefix: str = "") -> tuple[FileDigest, ...]:
+    """Return the digests of all files below `root`, named by `prefix` and their relative path."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
-    return tuple(digest(path, path.relative_to(root).as_posix()) for path in files)
+    return tuple(digest(path, prefix + path.relative_to(root).as_posix()) for path in files)
 
 
 def fingerprint(tensors: Iterable[tuple[str, str, Sequence[int], bytes]]) -> Fingerprint:
@@ -282,82 +274,3 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor], metadata: Mappin
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` as indented JSON, keys in the given order."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-# ---------------------------------------------------------------- publishing
-
-
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raise `InputError` when `out` exists and may not be replaced."""
-    if not overwrite and (out.exists() or out.is_symlink()):
-        raise InputError(f"{out} exists; choose another name, or pass --overwrite")
-
-
-@contextlib.contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a path beside `out` to write a file or directory to; rename it to `out` at the end.
-
-    When the block raises, what was written is removed and `out` is as it was, byte for byte.
-    Whatever else the block leaves beside the staged path is published too: the data file of an
-    ONNX graph.
-
-    Raises:
-        InputError: `out` exists and `overwrite` is false, its parent cannot be written, or the
-            disk is full.
-    """
-    refuse_existing(out, overwrite=overwrite)
-    parent = out.parent.resolve()
-    staging = parent / f".{out.name}{STAGING}{secrets.token_hex(4)}"
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    try:
-        with _as_input_error(out):
-            staging.mkdir(parents=True)
-        try:
-            yield staging / out.name
-        except OSError as error:
-            if error.errno in _DISK_ERRORS:
-                raise InputError(f"cannot write {out}: {error.strerror}") from error
-            raise
-        with _as_input_error(out):
-            _publish(staging, parent / out.name, overwrite=overwrite)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        _remove_empty(made)
-
-
-def _publish(staging: Path, out: Path, *, overwrite: bool) -> None:
-    """Move every entry of `staging` beside `out`, the one named like `out` last."""
-    entries = sorted(staging.iterdir(), key=lambda entry: (entry.name == out.name, entry.name))
-    for entry in entries:
-        refuse_existing(out.parent / entry.name, overwrite=overwrite)
-    for entry in entries:
-        target = out.parent / entry.name
-        if target.is_dir() and not target.is_symlink():
-            _swap(entry, target, staging / f"{STAGING}replaced")
-        else:
-            entry.replace(target)
-
-
-def _swap(entry: Path, target: Path, aside: Path) -> None:
-    """Put the directory `entry` in the place of the directory `target`, or leave that in place."""
-    target.rename(aside)
-    try:
-        entry.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-
-
-@contextlib.contextmanager
-def _as_input_error(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of `folders`, innermost first, that were made for nothing."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()

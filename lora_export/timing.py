@@ -1,11 +1,13 @@
 """Latency as interleaved pairs: every runner once a round, in shuffled order."""
 
+import contextlib
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+import torch
 
 from lora_export.compare import median_interval, ratios
 from lora_export.inputs import TIMED, made
@@ -22,6 +24,17 @@ MOST_SECONDS = 25.0  # for one shape, once the least rounds are done
 def threads() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def all_threads() -> Iterator[int]:
+    """Let torch use every core of this process within the block; give their number."""
+    before, count = torch.get_num_threads(), threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def measure(

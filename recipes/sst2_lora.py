@@ -92,11 +92,13 @@ def main() -> None:
     train, dev = (encode(tokenizer, *split, args.max_length) for split in splits)
     train = random.Random(args.seed).sample(train, args.limit or len(train))
     model = build(base.path, args, tokenizer.pad_token_id)
+    # Not for the eyes: a stopped run goes on only over the same base and the same sentences.
+    args.identity = {"base": base.id or base.path.name, "data_sha256": digest(splits)}
     print(f"base: {args.base} ({base.origin}); {len(train)} training sentences, {len(dev)} dev")
     print(trainable_parameters(model))
 
     state = fit(model, train, dev, tokenizer.pad_token_id, args, checkpoint)
-    write(model, state, base.id, digest(splits), args)
+    write(model, state, base.id, args)
     checkpoint.unlink(missing_ok=True)
     print(f"dev accuracy {state.accuracies[-1][1]:.4f} in {state.seconds / 60:.1f} min: {args.out}")
 
@@ -235,7 +237,7 @@ def accuracy(model: nn.Module, examples: list[Example], size: int, pad: int) -> 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides the result; a checkpoint goes on only with the same."""
-    left_out = ("out", "resume", "data", "base")
+    left_out = ("out", "resume", "data", "base", "checkpoint_every", "identity")
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
@@ -249,7 +251,7 @@ def keep(
         "schedule": schedule.state_dict(),
         "random": torch.get_rng_state(),
         "state": asdict(state),
-        "settings": settings(args),
+        "settings": settings(args) | args.identity,
     }
     aside = path.with_suffix(".checkpoint-new")
     torch.save(content, aside)
@@ -258,7 +260,7 @@ def keep(
 
 def restore(path: Path, model: nn.Module, optimizer: Any, schedule: Any, args: Any) -> State:
     content = torch.load(path, weights_only=True)
-    if content["settings"] != settings(args):
+    if content["settings"] != settings(args) | args.identity:
         sys.exit(f"{path} was written with other settings: {content['settings']}")
     model.load_state_dict(content["trained"], strict=False)
     optimizer.load_state_dict(content["optimizer"])
@@ -279,14 +281,12 @@ def command() -> str:
     return shlex.join(["python", "recipes/sst2_lora.py", *words])
 
 
-def write(
-    model: nn.Module, state: State, base: str | None, data: str, args: argparse.Namespace
-) -> None:
+def write(model: nn.Module, state: State, base: str | None, args: argparse.Namespace) -> None:
     counts = trainable_parameters(model)
     about = {
         "command": command(),
         "settings": settings(args),
-        "data_sha256": data,
+        "data_sha256": args.identity["data_sha256"],
         "dev_accuracy": state.accuracies[-1][1],
         "steps": state.step,
         "minutes": round(state.seconds / 60, 1),

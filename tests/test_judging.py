@@ -23,13 +23,14 @@ def _write(folder, found, kept=("merged/model.safetensors", "model.onnx")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     files = tuple(storage.digest(folder / name, name) for name in kept)
-    found = dataclasses.replace(found, files=files, files_now=files)
-    (folder / judging.EVIDENCE).mkdir()
-    codec.save(found, folder / judging.EVIDENCE, judging.EVIDENCE)
+    artifacts = tuple(
+        dataclasses.replace(a, files=tuple(f for f in files if f.name in {g.name for g in a.files}))
+        for a in found.artifacts
+    )
+    found = dataclasses.replace(found, artifacts=artifacts, files=files, files_now=files)
     given = (storage.FileDigest("sst2.safetensors", 5, "c" * 64),)
     made = judging.certify(found, checks.RUN, "lora-export run", given, SETTINGS, 3)
-    judging.write_certificate(made, folder)
-    return made
+    return judging.publish_evidence(found, made, folder)
 
 
 @pytest.fixture
@@ -128,6 +129,26 @@ def test_evidence_is_judged_again_and_the_old_certificate_not_believed(tmp_path)
     worse = moved(codec.load(Evidence, place, judging.EVIDENCE), "onnx", 0, (0, 0), 0.5)
     codec.save(worse, place, judging.EVIDENCE)
     assert _status(judging.check_run(tmp_path), "parity") is Status.FAIL
+
+
+def test_evidence_that_was_rewritten_fails_even_where_it_would_pass(run):
+    place = run / judging.EVIDENCE
+    found = codec.load(Evidence, place, judging.EVIDENCE)
+    codec.save(dataclasses.replace(found, batches=found.batches), place, judging.EVIDENCE)
+    assert judging.check_run(run).ok  # the same content has the same bytes
+    better = dataclasses.replace(found, timings=found.timings * 2)
+    codec.save(better, place, judging.EVIDENCE)
+    failed = [(v.check, v.subject) for v in judging.check_run(run).verdicts if not v.passed]
+    assert failed == [("intact", "evidence")]
+
+
+def test_a_verdict_that_was_there_and_is_gone_fails(run):
+    """An artifact that is left out of the evidence must not make the rest look whole."""
+    place = run / judging.EVIDENCE
+    found = codec.load(Evidence, place, judging.EVIDENCE)
+    codec.save(dataclasses.replace(found, artifacts=()), place, judging.EVIDENCE)
+    failed = {(v.check, v.subject) for v in judging.check_run(run).verdicts if not v.passed}
+    assert {("plain", "onnx"), ("intact", "evidence")} <= failed
 
 
 def test_what_was_given_and_where_it_ran_are_kept(run):

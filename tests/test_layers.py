@@ -9,7 +9,8 @@ import lora_export
 
 ROOT = Path(lora_export.__file__).parent
 ORDER = [
-    "errors", "records", "registry", "storage", "config", "rounding", "variants", "lora",
+    "errors", "records", "registry", "storage", "publishing", "config", "rounding", "variants",
+    "lora",
     "injection", "peft_names", "formats", "adapter", "bases", "models", "plan", "merging",
     "auditing", "compare", "runners", "inputs", "exporters", "timing", "checks", "measurements",
     "environment", "codec", "report", "judging", "stages", "pipeline", "cli",

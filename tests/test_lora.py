@@ -202,7 +202,7 @@ def test_the_constructor_takes_dtype_device_and_bias():
         ({"rank": 0}, "rank is 0"),
         ({"alpha": -1}, "alpha is -1"),
         ({"dropout": 1.0}, r"dropout is 1\.0"),
-        ({"variant": "dorra"}, "'dorra' is not one of the variants"),
+        ({"variant": "dorra"}, "variant is 'dorra'; expected one of"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

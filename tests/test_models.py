@@ -57,10 +57,14 @@ def test_the_task_comes_second(base, task, expected):
     assert models.architecture_of(_adapter(task_type=task), base) == expected
 
 
-@pytest.mark.parametrize("task", [None, "SOMETHING_NEW"])
-def test_the_bases_own_class_comes_last(base, task):
+def test_the_bases_own_class_comes_last(base):
     _edit(base, architectures=["BertForPreTraining"])
-    assert models.architecture_of(_adapter(task_type=task), base) == "BertForPreTraining"
+    assert models.architecture_of(_adapter(task_type=None), base) == "BertForPreTraining"
+
+
+def test_an_unknown_task_is_refused(base):
+    with pytest.raises(InputError, match="task_type is 'SEQUENCE_CLASSIFICATION'; known: SEQ_CLS"):
+        models.architecture_of(_adapter(task_type="SEQUENCE_CLASSIFICATION"), base)
 
 
 def test_a_base_without_a_class_is_refused(base):

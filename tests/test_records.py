@@ -5,6 +5,7 @@ import pytest
 from hand_made import batches, certificate, evidence, timing, verdict
 
 from lora_export import records
+from lora_export.errors import CheckFailed
 from lora_export.records import Factors, Status
 
 OTHERS = [status for status in Status if status is not Status.PASS]
@@ -119,18 +120,21 @@ def test_the_noise_floor_is_that_of_the_unmerged_model_unless_said_otherwise():
     assert records.Evidence().floor == records.UNMERGED
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), float("-inf")])
-def test_nothing_nan_and_infinity_are_not_finite(value):
-    assert not records.is_finite(value)
-
-
-@pytest.mark.parametrize("value", [0.0, -1.5, 1e308])
-def test_a_number_is_finite(value):
-    assert records.is_finite(value)
-
-
 def test_one_value_that_is_no_number_makes_an_array_not_finite():
     array = np.ones((2, 3))
     assert records.all_finite(array)
     array[1, 2] = np.nan
     assert not records.all_finite(array)
+
+
+def test_a_certificate_that_is_required_raises_with_the_verdicts_that_fail():
+    with pytest.raises(CheckFailed, match=r"not proven: .*: fail"):
+        certificate(verdict(Status.PASS), verdict(Status.FAIL)).require()
+    with pytest.raises(CheckFailed, match="there are no verdicts"):
+        certificate().require()
+
+
+def test_a_certificate_that_holds_requires_nothing_more():
+    found = certificate(verdict(Status.PASS))
+    found.require()
+    assert found.ok

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora_export import checks
-from lora_export.compare import noise_floor, valid
-from lora_export.records import MERGED, REFERENCE, Array, Evidence, Recording, Verdict
+from lora_export.compare import is_sequence, noise_floor, valid
+from lora_export.records import MERGED, REFERENCE, Array, Batch, Evidence, Recording, Verdict
 
 SCOPES = (checks.EXPORT, checks.RUN)
 MOST_SHOWN = 3
@@ -43,13 +43,15 @@ def _judge(name: str, texts: list[int], floor: float, evidence: Evidence) -> Ver
     for index in texts:
         batch = evidence.batches[index]
         for output in _deciding(reference.outputs[index]):
-            expected = valid(reference.outputs[index][output], batch, evidence, output)
-            found = valid(other.outputs[index][output], batch, evidence, output)
+            expected, found = (
+                _options(recording.outputs[index][output], batch, evidence, output)
+                for recording in (reference, other)
+            )
             margins = np.diff(np.sort(expected, axis=-1)[..., -2:], axis=-1)[..., 0]
             differs = expected.argmax(-1) != found.argmax(-1)
-            differs |= ~np.isfinite(found).all(-1)
             # A close call excuses a flip, never an answer that is no number.
-            counts = differs & (~(margins <= floor) | ~np.isfinite(found).all(-1))
+            broken = np.isnan(found).any(-1) | (found == np.inf).any(-1)
+            counts = broken | (differs & ~(margins <= floor))
             compared += differs.size
             flips += int(counts.sum())
             excused += int((differs & ~counts).sum())
@@ -64,6 +66,16 @@ def _judge(name: str, texts: list[int], floor: float, evidence: Evidence) -> Ver
     if shown:
         note += "; differs: " + ", ".join(shown[:MOST_SHOWN])
     return checks.counted("decisions", name, flips, compared, "flips", note)
+
+
+def _options(array: Array, batch: Batch, evidence: Evidence, name: str) -> Array:
+    """Return the scores to choose among, (decisions, options).
+
+    A span's start or end chooses among the tokens of its row; padding is no option.
+    """
+    if array.ndim == 2 and array.shape == batch.mask.shape and is_sequence(evidence, name):
+        return np.where(batch.mask == 1, array, -np.inf)
+    return valid(array, batch, evidence, name)
 
 
 def _deciding(outputs: Mapping[str, Array]) -> list[str]:

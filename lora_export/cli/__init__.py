@@ -55,8 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     # A polite kill cleans up like Ctrl-C does: staging folders are removed on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_run(words))
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as an exception that cleans up on its way."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 def _run(words: list[str]) -> int:
@@ -69,6 +77,8 @@ def _run(words: list[str]) -> int:
         return _fail(words, str(error), type(error).__name__, error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail(words, "interrupted; nothing was left behind", "Interrupted", 130)
+    except _Terminated:
+        return _fail(words, "terminated; nothing was left behind", "Terminated", 143)
     except BrokenPipeError:
         return 1
     except Exception as error:  # the last resort: a bug still gets an exit code and its object

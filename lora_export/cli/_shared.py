@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_export.errors import CheckFailed
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_export.plan import MergePlan
     from lora_export.records import Certificate
-
-FAILED_VERDICT = 5
 
 adapter_option = click.option(
     "--adapter", required=True, type=click.Path(path_type=Path), help="Adapter file or directory."
@@ -41,7 +41,11 @@ data_option = click.option(
     "or a text file with one a line. Default: a small set that comes with the package.",
 )
 seed_option = click.option(
-    "--seed", default=0, show_default=True, help="Of generated inputs and order of timing."
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of generated inputs and order of timing.",
 )
 
 
@@ -58,8 +62,12 @@ def model_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def invoked() -> str:
     """Return the command line as typed, folders of this machine left out."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["lora-export", *words])
+    return shlex.join(["lora-export", *map(_without_folder, sys.argv[1:])])
+
+
+def _without_folder(word: str) -> str:
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 @contextmanager
@@ -95,9 +103,11 @@ def finish(certificate: "Certificate", *, as_json: bool, written: Path) -> int:
     else:
         _print_tables(certificate)
         passed = sum(verdict.passed for verdict in certificate.verdicts)
+        for note in certificate.settings.get("notes", ()):
+            click.echo(f"note: {note}")
         claim = "proven" if certificate.ok else "NOT PROVEN"
         click.echo(f"{claim}: {passed} of {len(certificate.verdicts)} verdicts pass; {written}")
-    return 0 if certificate.ok else FAILED_VERDICT
+    return 0 if certificate.ok else CheckFailed.exit_code
 
 
 def print_plan(plan: "MergePlan", *, as_json: bool) -> None:

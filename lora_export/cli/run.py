@@ -24,7 +24,7 @@ from lora_export.cli import _shared
     "formats",
     multiple=True,
     type=click.Choice(registry.names(registry.EXPORTERS)),
-    default=("onnx", "torchscript"),
+    default=registry.DEFAULT_EXPORTERS,
     show_default=True,
     help="Artifact format; may be given more than once.",
 )

@@ -82,8 +82,10 @@ def inspect(path: Path) -> Contents:
 
 
 def open_runner(path: Path, threads: int) -> TorchScriptRunner:
-    """Return a runner for the file at `path`; it computes with torch's own `threads`."""
-    torch.set_num_threads(threads)
+    """Return a runner for the file at `path`.
+
+    `threads` is not used: torch has one setting for all that runs in it, and the caller has set it.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return TorchScriptRunner(path)

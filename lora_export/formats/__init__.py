@@ -1,4 +1,4 @@
-"""Adapter file formats, one file each. The file's name is the name for `--adapter-format`.
+"""Adapter file formats, one file each. The file's name is the format's name.
 
 A format is a module with two functions, and a third where we also write it:
 

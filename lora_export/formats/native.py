@@ -54,6 +54,7 @@ def read(path: Path) -> Adapter:
         variant=variant,
         dropout=peft_names.dropout_of(config, str(path)),
         task_type=config.get("task_type"),
+        promises=peft_names.promised(config),
         base=_base(base, path),
         labels=tuple(labels),
         training=training,

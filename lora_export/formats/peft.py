@@ -1,8 +1,9 @@
 """A directory written by PEFT: adapter_config.json and adapter_model.safetensors."""
 
+import hashlib
 from pathlib import Path
 
-from lora_export import peft_names, storage
+from lora_export import peft_names, publishing, storage
 from lora_export.errors import InputError
 from lora_export.records import Adapter, BaseRef
 
@@ -37,11 +38,18 @@ def read(path: Path) -> Adapter:
         variant=variant,
         dropout=peft_names.dropout_of(config, str(path)),
         task_type=config.get("task_type"),
+        promises=peft_names.promised(config),
         base=BaseRef(config.get("base_model_name_or_path"), config.get("revision")),
         format="peft",
-        sha256=storage.sha256(weights),
+        sha256=_digest(path),
         notes=tuple(notes),
     )
+
+
+def _digest(path: Path) -> str:
+    """Return one digest over both files: alpha stands in the config alone."""
+    texts = [storage.sha256(path / name) for name in (CONFIG, WEIGHTS)]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def write(adapter: Adapter, path: Path) -> None:
@@ -50,7 +58,7 @@ def write(adapter: Adapter, path: Path) -> None:
     Raises:
         InputError: `path` exists.
     """
-    storage.refuse_existing(path, overwrite=False)
+    publishing.refuse_existing(path, overwrite=False)
     path.mkdir()
     config = peft_names.config_of(adapter)
     if not adapter.replaced and adapter.task_type in peft_names.WITH_HEADS:
