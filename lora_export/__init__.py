@@ -14,7 +14,7 @@ Ship, with a certificate:
     from lora_export import run
 
     certificate = run("sst2.safetensors", out="run")
-    assert certificate.ok
+    certificate.require()
 
 Importing this package imports no torch; the names below load what they need when first used.
 """

@@ -1,0 +1,262 @@
+"""Faults that would go unseen: each is planted in real files, and must not end in exit 0."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from lora_export import LoraConfig, heads, inject, pipeline, save_adapter, stages, storage, timing
+from lora_export.errors import AdapterMismatch, InputError
+from lora_export.formats import peft
+from lora_export.records import BaseRef
+from lora_export.storage import NewTensor
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 10)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 10)
+
+
+@pytest.fixture
+def adapter(tiny_base, tiny_adapter, tmp_path):
+    return tiny_adapter(tmp_path, str(tiny_base))[0]
+
+
+@pytest.fixture
+def peft_adapter(adapter, tmp_path):
+    """The same adapter as PEFT would have written it, with its usual list of heads."""
+    folder = tmp_path / "peft"
+    peft.write(stages.read_adapter(adapter), folder)
+    edit_json(folder / "adapter_config.json", modules_to_save=["classifier", "score"])
+    return folder
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_tensors(file, change):
+    infos, metadata = storage.read_header(file)
+    arrays = {name: info.array() for name, info in infos.items()}
+    change(arrays)
+    storage.write_safetensors(file, [NewTensor.of(n, a) for n, a in arrays.items()], metadata)
+
+
+def test_the_unplanted_adapter_merges(peft_adapter, tmp_path):
+    assert pipeline.merge_files(peft_adapter, out=tmp_path / "merged").ok
+
+
+def test_an_unmerged_model_is_not_exported(tiny_base, classifier_of, fill, tmp_path):
+    """Its base weights have their usual names, so it would load, and lose its adapter."""
+    model = classifier_of(tiny_base)
+    inject(model, LoraConfig(modules_to_save=heads(model)))
+    fill(model).save_pretrained(tmp_path / "d")
+    transformers.AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "d")
+    with pytest.raises(InputError, match="an adapter in it was never merged"):
+        pipeline.export_file("torchscript", model=tmp_path / "d", out=tmp_path / "m.pt")
+
+
+def test_an_unmerged_model_is_no_base(adapter, tiny_base, classifier_of, fill, tmp_path):
+    model = classifier_of(tiny_base)
+    inject(model, LoraConfig(targets=("query",)))
+    fill(model).save_pretrained(tmp_path / "d")
+    with pytest.raises(AdapterMismatch, match="the base holds an unmerged adapter"):
+        stages.open_job(adapter, str(tmp_path / "d"))
+
+
+def test_a_lost_head_is_not_replaced_by_the_bases_own(
+    peft_adapter, tiny_base, classifier_of, tmp_path
+):
+    base = tmp_path / "base"
+    classifier_of(tiny_base, seed=9).save_pretrained(base)
+
+    def lose(arrays):
+        for name in [n for n in arrays if "classifier" in n]:
+            del arrays[name]
+
+    edit_tensors(peft_adapter / "adapter_model.safetensors", lose)
+    with pytest.raises(AdapterMismatch, match="classifier: trained whole by the config, absent"):
+        stages.open_job(peft_adapter, str(base))
+
+
+def lose_layer(arrays):
+    for name in [n for n in arrays if "layer.1." in n]:
+        del arrays[name]
+
+
+def test_a_lost_layer_that_the_config_names_in_full_is_refused(adapter):
+    edit_tensors(adapter, lose_layer)
+    with pytest.raises(AdapterMismatch, match=r"layer\.1\.\S+: adapted by the config, absent"):
+        stages.open_job(adapter)
+
+
+def test_a_lost_layer_that_the_config_names_by_its_end_is_noted(peft_adapter):
+    edit_tensors(peft_adapter / "adapter_model.safetensors", lose_layer)
+    edit_json(peft_adapter / "adapter_config.json", target_modules=["query", "value"])
+    notes = " ".join(stages.open_job(peft_adapter).plan.notes)
+    assert "the file has no pair for them: bert.encoder.layer.1.attention.self.query" in notes
+
+
+def test_two_tensors_for_one_place_are_refused(peft_adapter):
+    def double(arrays):
+        name = next(n for n in arrays if n.endswith("lora_A.weight"))
+        arrays[name.replace(".weight", ".default.weight")] = arrays[name] * 2
+
+    edit_tensors(peft_adapter / "adapter_model.safetensors", double)
+    with pytest.raises(InputError, match="a second lora_A for"):
+        stages.open_job(peft_adapter)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("use_rslora", "false", "use_rslora is 'false'; expected true or false"),
+        ("new_variant_2027", {"on": True}, "new_variant_2027 is set, and not known"),
+        ("task_type", ["a"], r"task_type is \['a'\]; expected a text"),
+        ("base_model_name_or_path", 5, "base_model_name_or_path is 5; expected a text"),
+        ("revision", 5, "revision is 5; expected a text"),
+        ("task_type", "SEQUENCE_CLASSIFICATION", "known: SEQ_CLS"),
+        ("alpha_pattern", {"(": 1}, r"bad regular expression '\('"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused(peft_adapter, field, value, message):
+    edit_json(peft_adapter / "adapter_config.json", **{field: value})
+    with pytest.raises(InputError, match=message):
+        stages.open_job(peft_adapter)
+
+
+def test_a_merge_that_was_altered_is_not_exported(adapter, tmp_path):
+    pipeline.merge_files(adapter, out=tmp_path / "merged")
+
+    def alter(arrays):
+        arrays["classifier.weight"] = arrays["classifier.weight"] * 3
+
+    edit_tensors(tmp_path / "merged" / "model.safetensors", alter)
+    with pytest.raises(InputError, match=r"changed after it was merged: model\.safetensors"):
+        pipeline.export_file("torchscript", model=tmp_path / "merged", out=tmp_path / "m.pt")
+
+
+def test_a_file_that_is_swapped_while_a_run_measures_fails(adapter, tmp_path, quick, monkeypatch):
+    whole = timing.measure
+
+    def swap(*arguments, **options):
+        (staged,) = tmp_path.glob(".run.staging-*/run")
+        (staged / "model.pt").write_bytes(b"another model")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(timing, "measure", swap)
+    certificate = pipeline.run(adapter, out=tmp_path / "run", formats=["torchscript"])
+    failed = {(v.check, v.subject) for v in certificate.verdicts if not v.passed}
+    assert ("intact", "files") in failed
+
+
+def test_a_span_model_is_exported_with_both_ends(tiny_base, fill, tmp_path, quick):
+    model = transformers.BertForQuestionAnswering.from_pretrained(tiny_base)
+    inject(model, LoraConfig(modules_to_save=heads(model)))
+    save_adapter(fill(model), tmp_path / "qa.safetensors", base=BaseRef(id=str(tiny_base)))
+    certificate = pipeline.run(tmp_path / "qa.safetensors", out=tmp_path / "run")
+    assert not [v for v in certificate.verdicts if not v.passed and v.check != "latency"]
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "run" / "model.onnx"))
+    assert [node.name for node in session.get_outputs()] == ["start_logits", "end_logits"]
+
+
+def test_a_head_of_any_size_keeps_its_labels_without_being_told(tiny_base, fill, tmp_path):
+    names = {0: "bad", 1: "fair", 2: "good"}
+    model = transformers.BertForSequenceClassification.from_pretrained(tiny_base, id2label=names)
+    inject(model, LoraConfig(modules_to_save=heads(model)))
+    save_adapter(fill(model), tmp_path / "a.safetensors")
+    assert pipeline.merge_files(
+        tmp_path / "a.safetensors", base=str(tiny_base), out=tmp_path / "merged"
+    ).ok
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "merged").id2label == names
+
+
+def test_one_side_of_a_tie_is_not_replaced_alone(tiny, tmp_path):
+    tiny("gpt2").save_pretrained(tmp_path / "base")
+    adapter = stages.Adapter(
+        modules={},
+        replaced={"lm_head.weight": np.ones((100, 32), np.float32)},
+        variant="lora",
+    )
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "base")
+    from lora_export import models
+    from lora_export.plan import plan
+
+    with pytest.raises(AdapterMismatch, match=r"lm_head\.weight: is shared with transformer\.wte"):
+        plan(adapter, storage.Checkpoint.open(tmp_path / "base"), models.blank(config))
+
+
+def test_a_base_whose_config_is_nonsense_is_an_input_error(adapter, tiny_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    for change in ({"hidden_size": 31}, {"hidden_size": "wide"}, {"hidden_act": "no such"}):
+        shutil.copy(tiny_base / "config.json", base / "config.json")
+        edit_json(base / "config.json", **change)
+        with pytest.raises(InputError, match="config"):
+            stages.open_job(adapter, str(base))
+
+
+def test_an_encoder_decoder_is_refused_by_name(tiny_base, tmp_path):
+    config = transformers.T5Config(
+        vocab_size=112, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    transformers.AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "t5")
+    with pytest.raises(InputError, match="encoder-decoder models are not exported"):
+        pipeline.export_file("onnx", model=tmp_path / "t5", out=tmp_path / "m.onnx")
+
+
+def test_an_adapter_is_not_taken_for_a_merged_model(peft_adapter, tmp_path):
+    with pytest.raises(InputError, match="it is an adapter; run `lora-export merge` first"):
+        pipeline.export_file("onnx", model=peft_adapter, out=tmp_path / "m.onnx")
+
+
+def test_threads_of_the_caller_are_given_back(adapter, tmp_path, quick):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        pipeline.run(adapter, out=tmp_path / "run", formats=["torchscript"])
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_everything_that_went_in_is_in_the_certificate(adapter, tmp_path, quick):
+    (tmp_path / "mine.tsv").write_text("sentence\tlabel\na good film\t1\na bad film\t0\n")
+    certificate = pipeline.run(
+        adapter, out=tmp_path / "run", data=tmp_path / "mine.tsv", formats=["torchscript"]
+    )
+    names = {file.name for file in certificate.inputs}
+    assert {
+        "sst2.safetensors", "mine.tsv", "base/config.json", "base/model.safetensors",
+        "base/tokenizer.json",
+    } <= names  # fmt: skip
+    assert certificate.settings["formats"] == ["torchscript"]
+    assert certificate.settings["inputs"] == "2 sentences and 11 shapes"
+
+
+def test_wide_outputs_are_compared_on_fewer_inputs(tiny, tiny_base, monkeypatch, tmp_path):
+    from lora_export import inputs
+
+    signature = inputs.Signature(
+        (), (stages.models.TensorSpec("logits", "float32", ("batch", "sequence", 1000)),), 64, 99, 0
+    )
+    signature = dataclasses.replace(
+        signature,
+        inputs=tuple(
+            stages.models.TensorSpec(name, "int64", ("batch", "sequence"))
+            for name in ("input_ids", "attention_mask")
+        ),
+    )
+    batches = inputs.grid_batches(signature, 0)
+    monkeypatch.setattr(inputs, "MOST_VALUES", 2 * 40_000)
+    kept = inputs.within_budget(batches, signature)
+    assert 0 < len(kept) < len(batches)
+    assert sum(batch.mask.size for batch in kept) <= 40
