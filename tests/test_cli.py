@@ -231,6 +231,13 @@ def test_wrong_usage_exits_with_2(call, words, message):
     assert message in err
 
 
+def test_no_command_shows_the_help(call):
+    code, out, err = call()
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage:")
+    assert "\n  lora-export merge --adapter sst2.safetensors" in err
+
+
 def test_wrong_usage_gives_json_where_it_was_asked_for(call):
     code, out, _ = call("merge", "--json")
     assert code == 2

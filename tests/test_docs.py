@@ -51,7 +51,9 @@ def test_a_wrong_option_in_a_document_would_be_found():
 @pytest.mark.parametrize("name", cli.cli.list_commands(click.Context(cli.cli)))
 def test_every_command_has_help_with_an_example_and_is_in_the_readme(name):
     command = find(name)
-    assert f"lora-export {name}" in (command.help or "")
+    shown = command.get_help(click.Context(command, info_name=name))
+    assert f"\n  lora-export {name}" in shown  # on a line of its own, not wrapped into the text
+    assert "\\b" not in shown
     assert f"lora-export {name}" in README
 
 

@@ -39,7 +39,7 @@ class Commands(click.Group):
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lora-export")
 def cli() -> None:
-    r"""Take a LoRA adapter to a deployable artifact, with proof.
+    """Take a LoRA adapter to a deployable artifact, with proof.
 
     \b
     lora-export run --adapter sst2.safetensors        all of it, with a certificate
@@ -71,6 +71,9 @@ def _run(words: list[str]) -> int:
     try:
         code = cli.main(words, prog_name="lora-export", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.ClickException as error:
         return _fail(words, error.format_message(), "UsageError", error.exit_code)
     except LoraExportError as error:

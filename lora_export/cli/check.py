@@ -20,7 +20,7 @@ from lora_export.cli import _shared
 @_shared.quiet_option
 @click.pass_context
 def command(ctx: click.Context, folder: Path, as_json: bool, quiet: bool) -> None:
-    r"""Judge a run again: its recorded evidence, and its files as they are now.
+    """Judge a run again: its recorded evidence, and its files as they are now.
 
     Exits with 0 when every verdict passes, with 5 when one does not: a file was changed since, or
     the evidence does not carry the claim. Loads no model. Writes the certificate anew.

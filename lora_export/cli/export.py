@@ -52,7 +52,7 @@ def _with_options(function: Any) -> Any:
 @_with_options
 @click.pass_context
 def command(ctx: click.Context, /, name: str, **options: Any) -> None:
-    r"""Export a merged model to the given format.
+    """Export a merged model to the given format.
 
     \b
     lora-export export --format onnx --out model.onnx

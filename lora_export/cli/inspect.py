@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @_shared.mismatch_option
 @_shared.json_option
 def command(adapter: Path, base: str | None, allow_base_mismatch: bool, as_json: bool) -> None:
-    r"""Show what an adapter holds, and with --base whether it would merge.
+    """Show what an adapter holds, and with --base whether it would merge.
 
     \b
     lora-export inspect sst2.safetensors

@@ -42,7 +42,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Merge an adapter into its base: a directory that plain transformers loads.
+    """Merge an adapter into its base: a directory that plain transformers loads.
 
     \b
     lora-export merge --adapter sst2.safetensors

@@ -47,7 +47,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    r"""Merge, export, compare and time an adapter, and write a certificate.
+    """Merge, export, compare and time an adapter, and write a certificate.
 
     \b
     lora-export run --adapter sst2.safetensors
