@@ -331,4 +331,9 @@ def plot(state: State, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
+    except (lora_export.LoraExportError, OSError) as error:
+        sys.exit(f"Error: {error}")
