@@ -6,7 +6,7 @@ import torch
 import transformers
 from torch import nn
 
-from lora_export import LoraConfig, inject, pipeline, save_adapter, storage
+from lora_export import LoraConfig, heads, inject, pipeline, save_adapter, stages, storage
 from lora_export.config import ALL_LINEAR
 from lora_export.errors import InputError
 from lora_export.injection import lora_layers
@@ -205,4 +205,35 @@ def test_a_causal_model_merges_from_files(tiny, fill, logits, tmp_path, family):
     save_adapter(model, tmp_path / "a.safetensors", base=base, task_type="CAUSAL_LM")
     assert pipeline.merge_files(tmp_path / "a.safetensors", out=tmp_path / "merged").ok
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(plain), logits(merge(model)))
+
+
+@pytest.mark.parametrize("kind", ["DistilBertForMaskedLM", "RobertaForMaskedLM"])
+def test_the_language_head_of_a_pretrained_base_is_dropped_with_a_reason(
+    fill, logits, tmp_path, kind
+):
+    """What the hub holds under a base's name is mostly a masked language model."""
+    family = kind.removesuffix("ForMaskedLM")
+    small = {"vocab_size": 100, "max_position_embeddings": 64}
+    sizes = (
+        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+        if family == "DistilBert"
+        else {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 64, "type_vocab_size": 1,
+        }
+    )  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**small, **sizes)
+    getattr(transformers, kind)(config).save_pretrained(tmp_path / "base")
+    classifier = getattr(transformers, f"{family}ForSequenceClassification")
+    model = classifier.from_pretrained(tmp_path / "base").eval()
+    inject(model, LoraConfig(rank=4, modules_to_save=heads(model)))
+    path = tmp_path / "a.safetensors"
+    save_adapter(fill(model), path, base=BaseRef(id=str(tmp_path / "base")))
+    job = stages.open_job(path)
+    assert job.plan.dropped
+    assert set(job.plan.dropped.values()) == {f"not a tensor of {classifier.__name__}"}
+    assert pipeline.merge_files(path, out=tmp_path / "merged").ok
+    plain, report = classifier.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(logits(plain), logits(merge(model)))
