@@ -174,3 +174,19 @@ def test_each_artifact_is_judged_on_its_own():
         recordings=recordings() | {"torchscript": recording("torchscript", [-x for x in LOGITS])},
     )
     assert [v.status for v in decisions.judge(found)] == [Status.PASS, Status.PASS, Status.FAIL]
+
+
+def test_a_noisy_output_beside_does_not_excuse_a_flip():
+    """Each output has a floor of its own: a noisy one would excuse every margin of the other."""
+    found = moved(evidence(), "onnx", 0, (1, 1), FLIP)
+    noisy = {
+        name: dataclasses.replace(
+            old,
+            outputs=tuple(
+                {**out, "hidden": np.full_like(out["logits"], 1000.0 if name == UNMERGED else 0.0)}
+                for out in old.outputs
+            ),
+        )
+        for name, old in found.recordings.items()
+    }
+    assert _judge(dataclasses.replace(found, recordings=noisy)).status is Status.FAIL

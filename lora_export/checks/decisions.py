@@ -32,10 +32,12 @@ def judge(evidence: Evidence) -> list[Verdict]:
     floor = noise_floor(evidence)
     if floor.defect:
         return [checks.not_run("decisions", "labels", floor.defect)]
-    return [_judge(name, texts, floor.largest, evidence) for name in wanted]
+    outputs = {output for out in evidence.recordings[REFERENCE].outputs for output in out}
+    floors = {output: noise_floor(evidence, output).largest for output in outputs}
+    return [_judge(name, texts, floors, evidence) for name in wanted]
 
 
-def _judge(name: str, texts: list[int], floor: float, evidence: Evidence) -> Verdict:
+def _judge(name: str, texts: list[int], floors: Mapping[str, float], evidence: Evidence) -> Verdict:
     compared, flips, excused, shown = 0, 0, 0, []
     reference, other = evidence.recordings[REFERENCE], evidence.recordings[name]
     if _broken(reference, other):
@@ -51,7 +53,7 @@ def _judge(name: str, texts: list[int], floor: float, evidence: Evidence) -> Ver
             differs = expected.argmax(-1) != found.argmax(-1)
             # A close call excuses a flip, never an answer that is no number.
             broken = np.isnan(found).any(-1) | (found == np.inf).any(-1)
-            counts = broken | (differs & ~(margins <= floor))
+            counts = broken | (differs & ~(margins <= floors[output]))
             compared += differs.size
             flips += int(counts.sum())
             excused += int((differs & ~counts).sum())

@@ -48,7 +48,8 @@ def load(name: str) -> registry.Entry:
 def describe(name: str, path: Path) -> Artifact:
     """Return what was written to `path` in the format `name`, read back from the disk."""
     contents: Contents = load(name).inspect(path)
-    files = sorted(file for file in path.parent.glob(f"{path.name}*") if file.is_file())
+    beside = path.parent.glob(f"{path.name}.*")  # a data file: model.onnx.data, never model.onnx2
+    files = [path, *sorted(file for file in beside if file.is_file())]
     return Artifact(
         format=name,
         files=tuple(storage.digest(file) for file in files),
