@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lora_export import variants
 from lora_export.config import ALL_LINEAR, LoraConfig, matches, nearest, select
 from lora_export.errors import AdapterMismatch, InputError, listed
-from lora_export.lora import LoraLayer, layer_class
+from lora_export.lora import LoraLayer, layer_class, shape_of
 from lora_export.records import Adapter, Array, Factors
+from lora_export.rounding import TORCH_DTYPES
 from lora_export.storage import fingerprint
 
 _STATE = "_lora_export"
@@ -103,7 +104,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             layer.lora_A = _parameter(pair.a, layer.weight)
             layer.lora_B = _parameter(pair.b, layer.weight)
         for name, value in adapter.replaced.items():
-            model.get_parameter(name).copy_(_tensor(value))
+            model.get_parameter(name).copy_(torch.from_numpy(value))
 
 
 def detach(model: nn.Module) -> None:
@@ -119,6 +120,12 @@ def detach(model: nn.Module) -> None:
                 model.get_parameter(name).copy_(value)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(state.trainable.get(name, True))
+    forget(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what was kept for taking the adapter off: its layers are gone from `model`."""
+    if hasattr(model, _STATE):
         delattr(model, _STATE)
 
 
@@ -220,7 +227,7 @@ class ParameterCount:
 
 def trainable_parameters(model: nn.Module) -> ParameterCount:
     """Return the counts of trainable and of all parameters; shared ones count once."""
-    lora = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
+    lora = _factor_ids(lora_layers(model))
     counts = {"lora": 0, "saved": 0, "total": 0}
     for parameter in model.parameters():
         counts["total"] += parameter.numel()
@@ -240,8 +247,12 @@ def _saved(model: nn.Module, layers: Mapping[str, LoraLayer]) -> tuple[str, ...]
     state = getattr(model, _STATE, None)
     if isinstance(state, _State):
         return state.saved
-    lora = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    lora = _factor_ids(layers)
     return tuple(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in lora)
+
+
+def _factor_ids(layers: Mapping[str, LoraLayer]) -> set[int]:
+    return {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
 
 
 def _install(model: nn.Module, layers: Mapping[str, LoraConfig], saved: tuple[str, ...]) -> None:
@@ -319,13 +330,8 @@ def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
     if adapter.variant not in variants.names():
         faults.append(f"unknown variant {adapter.variant}")
     for path, pair in adapter.modules.items():
-        module = modules.get(path)
-        if isinstance(module, LoraLayer):
-            shape = (module.out_features, module.in_features)
-        elif module is not None and (kind := layer_class(module)):
-            rows, columns = module.weight.shape
-            shape = (rows, columns) if kind.__name__ == "LoraLinear" else (columns, rows)
-        else:
+        shape = shape_of(modules.get(path))
+        if shape is None:
             linear = [name for name, m in modules.items() if layer_class(m)]
             faults.append(f"{path}: no linear module (near: {nearest(path, linear)})")
             continue
@@ -347,13 +353,8 @@ def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
 
 def _bytes(weight: Tensor) -> tuple[str, tuple[int, ...], bytes]:
     raw = weight.detach().to("cpu").contiguous()
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
-    name = names.get(raw.dtype, "BF16")
+    name = next(name for name, dtype in TORCH_DTYPES.items() if dtype == raw.dtype)
     return name, tuple(raw.shape), raw.view(torch.uint8).numpy().tobytes()
-
-
-def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(array)
 
 
 def _parameter(array: Array, weight: Tensor) -> nn.Parameter:

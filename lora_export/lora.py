@@ -4,6 +4,7 @@ A layer owns both sides of its equation: `forward`, and the merged weight that r
 No PEFT. Source of the method: arXiv:2106.09685.
 """
 
+import abc
 import math
 from typing import Any, Self, TypeVar
 
@@ -19,7 +20,7 @@ from lora_export.rounding import round_once
 M = TypeVar("M", bound=nn.Module)
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(nn.Module, abc.ABC):
     """A frozen linear map with a trainable low-rank update. Abstract; see `LoraLinear`.
 
     Attributes:
@@ -53,13 +54,13 @@ class LoraLayer(nn.Module):
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
+    @abc.abstractmethod
     def _transpose(self, matrix: Tensor) -> Tensor:
         """Turn the base's layout into (out, in), or back."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def plain(self) -> nn.Module:
         """Return a layer of the base's class that holds the present weight and bias, uncopied."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x + b + scale * B(A(dropout(x))): (..., in) to (..., out)."""
@@ -211,3 +212,14 @@ def layer_class(module: nn.Module) -> type[LoraLinear] | type[LoraConv1D] | None
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
         return LoraConv1D
     return None
+
+
+def shape_of(module: nn.Module | None) -> tuple[int, int] | None:
+    """Return (out, in) of a linear map, adapted already or not, or None where it is none."""
+    if isinstance(module, LoraLayer):
+        return module.out_features, module.in_features
+    kind = layer_class(module) if module is not None else None
+    if module is None or kind is None:
+        return None
+    rows, columns = module.get_parameter("weight").shape
+    return (rows, columns) if kind is LoraLinear else (columns, rows)

@@ -1,7 +1,6 @@
 """Merge: a plan into a directory of plain weights; a live model into plain layers."""
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +11,13 @@ from torch import Tensor, nn
 
 from lora_export import storage, variants
 from lora_export.errors import InputError
-from lora_export.injection import lora_layers
+from lora_export.injection import forget, lora_layers
 from lora_export.plan import MERGE, PLACE, MergePlan, Step
 from lora_export.records import Adapter, Array
-from lora_export.rounding import round_once
+from lora_export.rounding import TORCH_DTYPES, round_once
 from lora_export.storage import Checkpoint, NewTensor
 
 PROVENANCE = "lora_export.json"
-TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
 # What a user of the base needs beside the weights. Code of the model is left behind on purpose.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -55,8 +51,7 @@ def merge(model: nn.Module, *, in_place: bool = False) -> nn.Module:
         plain = layer.plain()  # type: ignore[operator]
         plain.weight = nn.Parameter(weight.clone(), requires_grad=False)
         result.set_submodule(path, plain)
-    if hasattr(result, "_lora_export"):
-        delattr(result, "_lora_export")
+    forget(result)
     return result
 
 
@@ -146,11 +141,10 @@ def _config_json(base: Path, config: Any, plan: MergePlan) -> dict[str, Any]:
             fields[name] = value
     for name in ("num_labels", "_name_or_path"):  # told by the labels; a place, perhaps a path
         fields.pop(name, None)
-    dtypes = {step.dtype for step in plan.of(MERGE)}
-    for name in ("dtype", "torch_dtype"):
-        if name in fields and len(dtypes) == 1:
-            fields[name] = str(TORCH_DTYPES[dtypes.copy().pop()]).removeprefix("torch.")
-    return dict(json.loads(json.dumps(fields)))
+    dtypes = {str(TORCH_DTYPES[step.dtype]).removeprefix("torch.") for step in plan.of(MERGE)}
+    if len(dtypes) == 1:
+        fields |= dict.fromkeys(fields.keys() & {"dtype", "torch_dtype"}, dtypes.pop())
+    return fields
 
 
 def _provenance(plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint) -> Mapping[str, Any]:

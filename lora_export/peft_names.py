@@ -15,7 +15,8 @@ import numpy as np
 
 from lora_export import variants
 from lora_export.errors import InputError, listed
-from lora_export.records import Adapter, Array, Factors, Promises, all_finite
+from lora_export.records import Adapter, Array, BaseRef, Factors, Promises, all_finite
+from lora_export.storage import TensorInfo
 
 PREFIX = "base_model.model."
 _PAIR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
@@ -50,17 +51,32 @@ WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")  # tasks for which PEFT expects a head in 
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
-def read(
-    tensors: Mapping[str, Array], config: Mapping[str, Any], where: str
-) -> tuple[dict[str, Factors], dict[str, Array], str]:
-    """Return the low-rank pairs by module path, the replaced tensors by name, and the variant.
+def read(infos: Mapping[str, TensorInfo], config: Mapping[str, Any], where: str) -> Adapter:
+    """Return the adapter in the tensors `infos`, as `config` says they are to be read.
 
     Raises:
         InputError: with every fault that was found in names, shapes, values and config.
     """
+    tensors = {name: info.array() for name, info in infos.items()}
+    variant = "rslora" if config.get("use_rslora") is True else "lora"
+    modules, replaced = _parts(tensors, config, variant, where)
+    return Adapter(
+        modules=modules,
+        replaced=replaced,
+        variant=variant,
+        dropout=_dropout(config, where),
+        task_type=config.get("task_type"),
+        base=BaseRef(config.get("base_model_name_or_path"), config.get("revision")),
+        promises=_promised(config),
+    )
+
+
+def _parts(
+    tensors: Mapping[str, Array], config: Mapping[str, Any], variant: str, where: str
+) -> tuple[dict[str, Factors], dict[str, Array]]:
+    """Return the low-rank pairs by module path, and the replaced tensors by name."""
     unsound = _number_faults(config)
     faults = [*_config_faults(config), *unsound]
-    variant = "rslora" if config.get("use_rslora") is True else "lora"
     halves: dict[str, dict[str, Array]] = {}
     replaced: dict[str, Array] = {}
     for key, value in tensors.items():
@@ -92,7 +108,7 @@ def read(
         faults.append("no lora_A and lora_B tensors at all")
     if faults:
         raise InputError(listed(f"cannot use the adapter {where}", faults))
-    return modules, dict(sorted(replaced.items())), variant
+    return modules, dict(sorted(replaced.items()))
 
 
 def config_of(adapter: Adapter) -> dict[str, Any]:
@@ -125,7 +141,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def dropout_of(config: Mapping[str, Any], where: str) -> float:
+def _dropout(config: Mapping[str, Any], where: str) -> float:
     """Return the dropout that the config states; raises `InputError` where it is none."""
     value = config.get("lora_dropout")
     if value is None:
@@ -135,7 +151,7 @@ def dropout_of(config: Mapping[str, Any], where: str) -> float:
     return float(value)
 
 
-def promised(config: Mapping[str, Any]) -> Promises:
+def _promised(config: Mapping[str, Any]) -> Promises:
     """Return the modules that the config says were adapted or trained whole.
 
     `target_modules` counts only as a list that nothing else narrows.

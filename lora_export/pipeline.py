@@ -66,7 +66,7 @@ def run(
     with timing.all_threads() as threads, publishing.staged(out, overwrite=overwrite) as folder:
         folder.mkdir()
         say("merging")
-        merged = stages.merge_stage(job, folder / MERGED_FOLDER)
+        merged = stages.merge_stage(job, folder / MERGED_FOLDER, f"{MERGED_FOLDER}/")
         say("loading the unmerged and the merged model")
         subject = stages.load_subject(folder / MERGED_FOLDER)
         unmerged = stages.load_unmerged(job)
@@ -128,7 +128,7 @@ def merge_files(
             account=merged.account,
             weights=merged.weights,
             modules=stages.modules_of(stages.load_merged(folder)),
-            files=storage.digest_tree(folder),
+            files=merged.files,
         )
         threads, settings = torch.get_num_threads(), job.settings(dtype=dtype)
         return certify(evidence, checks.MERGE, command, job.inputs(), settings, threads)

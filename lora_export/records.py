@@ -209,10 +209,9 @@ class Account:
     adapter_placed: tuple[str, ...]
     adapter_left: tuple[str, ...]  # nothing was done with these: a fault
     base_changed: tuple[str, ...]
-    base_identical: tuple[str, ...]  # proved by digest on what was written
+    base_identical: tuple[str, ...]  # proved on the bytes that were written
     base_dropped: Mapping[str, str]  # name -> reason
     base_damaged: tuple[str, ...]  # should be identical and is not: a fault
-    added: tuple[str, ...]  # new tensors: placed heads that the base lacks
     unexplained: tuple[str, ...]  # written but in no plan: a fault
 
 

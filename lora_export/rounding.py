@@ -12,6 +12,10 @@ import torch
 from lora_export.errors import InputError
 from lora_export.records import Array
 
+# safetensors' name -> torch's
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
 # safetensors' name -> (bits of the fraction, exponent of the smallest normal number)
 _FORMATS = {"F64": (52, -1022), "F32": (23, -126), "BF16": (7, -126), "F16": (10, -14)}
 

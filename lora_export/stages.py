@@ -13,7 +13,7 @@ from lora_export import auditing, bases, exporters, inputs, merging, models, sto
 from lora_export.adapter import read_adapter
 from lora_export.errors import ExportFailed, InputError, listed
 from lora_export.injection import attach, idle
-from lora_export.plan import FLOATS, MergePlan, plan
+from lora_export.plan import MergePlan, plan
 from lora_export.records import (
     IDLE,
     MERGED,
@@ -47,7 +47,6 @@ class Job:
     blank: nn.Module  # the architecture without weights
     plan: MergePlan
     source: Path  # of the adapter
-
     origin: str  # how the base was found
 
     def places(self, data: Path | None = None) -> tuple[Path, ...]:
@@ -107,8 +106,9 @@ def open_job(
     if getattr(config, "pad_token_id", 0) is None and models.has_tokenizer(place.path):
         config.pad_token_id = models.tokenizer(place.path).pad_token_id
     blank = models.blank(config)
-    target = DTYPES.get(dtype) if dtype != "keep" else None
-    assert target is None or target in FLOATS
+    if dtype != "keep" and dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected keep, {', '.join(DTYPES)}")
+    target = DTYPES.get(dtype)
     steps = plan(found, checkpoint, blank, dtype=target, allow_base_mismatch=allow_base_mismatch)
     return Job(found, place.path, checkpoint, config, blank, steps, Path(adapter), place.origin)
 
@@ -122,14 +122,17 @@ class MergeRecord:
     files: tuple[FileDigest, ...]
 
 
-def merge_stage(job: Job, folder: Path) -> MergeRecord:
-    """Write the merged checkpoint to `folder`, read it back, and record what happened to it."""
+def merge_stage(job: Job, folder: Path, prefix: str = "") -> MergeRecord:
+    """Write the merged checkpoint to `folder`, read it back, and record what happened to it.
+
+    `prefix` goes before the names of the files in the record.
+    """
     merging.write_merged(job.plan, job.adapter, job.checkpoint, job.config, folder)
     written = Checkpoint.open(folder)
     return MergeRecord(
         auditing.account(job.plan, job.adapter, job.checkpoint, written),
         auditing.weights(job.plan, job.adapter, job.checkpoint, written),
-        storage.digest_tree(folder, f"{folder.name}/"),
+        storage.digest_tree(folder, prefix),
     )
 
 

@@ -68,10 +68,10 @@ def _measure(
             begin = time.perf_counter_ns()
             runners[name].run(arrays)
             samples[name].append((time.perf_counter_ns() - begin) / 1e6)
-        timing = Timing(batch, length, threads, {n: tuple(s) for n, s in samples.items()})
         rounds = len(samples[UNMERGED])
         if rounds < LEAST_ROUNDS or rounds % 10:
             continue
+        timing = Timing(batch, length, threads, {n: tuple(s) for n, s in samples.items()})
         late = time.monotonic() - start > MOST_SECONDS or rounds >= MOST_ROUNDS
         if late or all(_is_narrow(timing, name) for name in runners if name != UNMERGED):
             return timing

@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from lora_export import storage
 from lora_export.records import (
     IDLE,
     MERGED,
@@ -122,7 +123,6 @@ def account(**changes):
         base_identical=("embeddings.weight",),
         base_dropped={"embeddings.position_ids": "a buffer"},
         base_damaged=(),
-        added=("classifier.weight",),
         unexplained=(),
     )
     return dataclasses.replace(made, **changes)
@@ -195,3 +195,12 @@ def certificate(*verdicts, **changes):
         settings={"seed": 0},
     )
     return dataclasses.replace(made, **changes)
+
+
+def edit_tensors(file, change):
+    """Rewrite a safetensors file after `change` was made to its arrays."""
+    infos, metadata = storage.read_header(file)
+    arrays = {name: info.array() for name, info in infos.items()}
+    change(arrays)
+    tensors = [storage.NewTensor.of(name, array) for name, array in arrays.items()]
+    storage.write_safetensors(file, tensors, metadata)

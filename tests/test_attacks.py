@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hand_made import edit_tensors
 
 from lora_export import LoraConfig, heads, inject, pipeline, save_adapter, stages, storage, timing
 from lora_export.errors import AdapterMismatch, InputError
 from lora_export.formats import peft
 from lora_export.records import BaseRef
-from lora_export.storage import NewTensor
 
 
 @pytest.fixture
@@ -38,13 +38,6 @@ def peft_adapter(adapter, tmp_path):
 
 def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def edit_tensors(file, change):
-    infos, metadata = storage.read_header(file)
-    arrays = {name: info.array() for name, info in infos.items()}
-    change(arrays)
-    storage.write_safetensors(file, [NewTensor.of(n, a) for n, a in arrays.items()], metadata)
 
 
 def test_the_unplanted_adapter_merges(peft_adapter, tmp_path):
@@ -260,3 +253,25 @@ def test_wide_outputs_are_compared_on_fewer_inputs(tiny, tiny_base, monkeypatch,
     kept = inputs.within_budget(batches, signature)
     assert 0 < len(kept) < len(batches)
     assert sum(batch.mask.size for batch in kept) <= 40
+
+
+def test_a_dtype_that_is_not_known_is_not_taken_for_keep(adapter):
+    with pytest.raises(InputError, match="dtype is 'int8'; expected keep, float32, bfloat16"):
+        stages.open_job(adapter, dtype="int8")
+
+
+def test_the_command_offers_the_dtypes_that_a_merge_knows():
+    from lora_export.cli.merge import command
+
+    (option,) = [p for p in command.params if p.name == "dtype"]
+    assert list(option.type.choices) == ["keep", *stages.DTYPES]
+
+
+def test_a_neighbour_with_a_longer_suffix_is_no_part_of_an_artifact(adapter, tmp_path):
+    from lora_export import exporters
+
+    pipeline.merge_files(adapter, out=tmp_path / "merged")
+    pipeline.export_file("torchscript", model=tmp_path / "merged", out=tmp_path / "model.pt")
+    (tmp_path / "model.pt2").write_bytes(b"another artifact")
+    files = exporters.describe("torchscript", tmp_path / "model.pt").files
+    assert [file.name for file in files] == ["model.pt"]

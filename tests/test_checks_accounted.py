@@ -41,7 +41,7 @@ def test_faults_are_among_the_tensors_that_were_compared():
 
 
 def test_an_account_of_nothing_fails():
-    empty = Account((), (), (), (), (), {}, (), (), ())
+    empty = Account((), (), (), (), (), {}, (), ())
     statuses = [v.status for v in accounted.judge(evidence(account=empty))]
     assert statuses == [Status.FAIL, Status.FAIL]
 

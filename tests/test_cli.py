@@ -7,9 +7,9 @@ import struct
 
 import numpy as np
 import pytest
+from hand_made import edit_tensors
 
 from lora_export import cli, storage, timing
-from lora_export.storage import NewTensor
 
 
 @pytest.fixture
@@ -115,20 +115,12 @@ def test_failed_verdicts_exit_with_5_and_keep_the_files(call, adapter, tmp_path,
 # ---------------------------------------------------------------- wrong input
 
 
-def edit(path, change):
-    """Rewrite a safetensors file after `change` was made to its arrays."""
-    infos, metadata = storage.read_header(path)
-    arrays = {name: info.array() for name, info in infos.items()}
-    change(arrays)
-    storage.write_safetensors(path, [NewTensor.of(n, a) for n, a in arrays.items()], metadata)
-
-
 def untrained(path, base):
-    edit(path, lambda arrays: [arrays[n].fill(0) for n in arrays if "lora_B" in n])
+    edit_tensors(path, lambda arrays: [arrays[n].fill(0) for n in arrays if "lora_B" in n])
 
 
 def with_nan(path, base):
-    edit(path, lambda arrays: next(arrays[n] for n in arrays if "lora_B" in n).fill(np.nan))
+    edit_tensors(path, lambda arrays: next(arrays[n] for n in arrays if "lora_B" in n).fill(np.nan))
 
 
 def truncated(path, base):
@@ -148,14 +140,14 @@ def without_head(path, base):
         for name in [n for n in arrays if "classifier" in n]:
             del arrays[name]
 
-    edit(path, change)
+    edit_tensors(path, change)
 
 
 def other_base(path, base):
     def change(arrays):
         arrays["encoder.layer.0.attention.self.query.weight"][0, 0] += 1
 
-    edit(base / "model.safetensors", change)
+    edit_tensors(base / "model.safetensors", change)
 
 
 def no_base(path, base):

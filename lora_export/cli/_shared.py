@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -47,17 +47,13 @@ seed_option = click.option(
     show_default=True,
     help="Of generated inputs and order of timing.",
 )
-
-
-def model_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --model."""
-    return click.option(
-        "--model",
-        type=click.Path(path_type=Path),
-        default=Path("merged"),
-        show_default=True,
-        help="Directory of a merged model.",
-    )(function)
+model_option = click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    default=Path("merged"),
+    show_default=True,
+    help="Directory of a merged model.",
+)
 
 
 def invoked() -> str:

@@ -46,15 +46,8 @@ def read(path: Path) -> Adapter:
             raise InputError(f"{path}: metadata {_KEY}{name} is damaged")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise InputError(f"{path}: metadata {_KEY}labels is damaged")
-    tensors = {name: info.array() for name, info in infos.items()}
-    modules, replaced, variant = peft_names.read(tensors, config, str(path))
-    return Adapter(
-        modules=modules,
-        replaced=replaced,
-        variant=variant,
-        dropout=peft_names.dropout_of(config, str(path)),
-        task_type=config.get("task_type"),
-        promises=peft_names.promised(config),
+    return dataclasses.replace(
+        peft_names.read(infos, config, str(path)),
         base=_base(base, path),
         labels=tuple(labels),
         training=training,

@@ -1,11 +1,12 @@
 """A directory written by PEFT: adapter_config.json and adapter_model.safetensors."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
 from lora_export import peft_names, publishing, storage
 from lora_export.errors import InputError
-from lora_export.records import Adapter, BaseRef
+from lora_export.records import Adapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -27,23 +28,12 @@ def read(path: Path) -> Adapter:
     if not weights.is_file() and (path / "adapter_model.bin").is_file():
         raise InputError(f"{path} holds a pickle (adapter_model.bin); save it as safetensors first")
     infos, _ = storage.read_header(weights)
-    tensors = {name: info.array() for name, info in infos.items()}
-    modules, replaced, variant = peft_names.read(tensors, config, str(path))
+    adapter = peft_names.read(infos, config, str(path))
     notes = []
-    if config.get("bias", "none") != "none" and not any(n.endswith(".bias") for n in replaced):
+    biases = [name for name in adapter.replaced if name.endswith(".bias")]
+    if config.get("bias", "none") != "none" and not biases:
         notes.append(f"the config says bias={config['bias']!r}, but the file holds no bias")
-    return Adapter(
-        modules=modules,
-        replaced=replaced,
-        variant=variant,
-        dropout=peft_names.dropout_of(config, str(path)),
-        task_type=config.get("task_type"),
-        promises=peft_names.promised(config),
-        base=BaseRef(config.get("base_model_name_or_path"), config.get("revision")),
-        format="peft",
-        sha256=_digest(path),
-        notes=tuple(notes),
-    )
+    return dataclasses.replace(adapter, format="peft", sha256=_digest(path), notes=tuple(notes))
 
 
 def _digest(path: Path) -> str:

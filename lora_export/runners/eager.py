@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from lora_export.records import Array, Signature
+from lora_export.runners._torch import answers, precision_of
 
 
 class EagerRunner:
@@ -16,14 +16,8 @@ class EagerRunner:
         self.model = model.eval()
         self.inputs = [spec.name for spec in signature.inputs]
         self.outputs = [spec.name for spec in signature.outputs]
-        floating = next(p for p in model.parameters() if p.is_floating_point())
-        self.precision = str(floating.dtype).removeprefix("torch.")
+        self.precision = precision_of(model)
 
-    @torch.inference_mode()
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the named outputs for named inputs."""
-        found = self.model(*[torch.from_numpy(inputs[name]) for name in self.inputs])
-        values = found if isinstance(found, tuple) else (found,)
-        # Numpy has no bfloat16; widening half precision is exact.
-        wide = [v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for v in values]
-        return {name: value.numpy() for name, value in zip(self.outputs, wide, strict=True)}
+        return answers(self.model, inputs, self.inputs, self.outputs)

@@ -12,7 +12,6 @@ class OnnxRunner:
     """Runs an ONNX graph; spinning is off, so that it does not steal a neighbour's core."""
 
     name = "onnx"
-    precision = "float32"
 
     def __init__(self, path: Path, threads: int) -> None:
         options = onnxruntime.SessionOptions()

@@ -1,0 +1,30 @@
+"""What the runtimes of torch share: calling a module by names."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_export.records import Array
+
+
+@torch.inference_mode()
+def answers(
+    module: Callable[..., Any],
+    arrays: Mapping[str, Array],
+    inputs: Iterable[str],
+    outputs: Sequence[str],
+) -> dict[str, Array]:
+    """Return the named outputs of a module that takes `inputs`, and gives `outputs`, in order."""
+    found = module(*[torch.from_numpy(arrays[name]) for name in inputs])
+    values = found if isinstance(found, tuple) else (found,)
+    # Numpy has no bfloat16; widening half precision is exact.
+    wide = [v.float() if v.dtype in (torch.bfloat16, torch.float16) else v for v in values]
+    return {name: value.numpy() for name, value in zip(outputs, wide, strict=True)}
+
+
+def precision_of(module: nn.Module) -> str:
+    """Return the name of the dtype that `module` computes in."""
+    floating = next(p for p in module.parameters() if p.is_floating_point())
+    return str(floating.dtype).removeprefix("torch.")
