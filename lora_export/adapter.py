@@ -3,24 +3,57 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import formats, peft_names, publishing, storage
-from lora_export.errors import InputError, listed
-from lora_export.records import Adapter, all_finite
+from lora_export import bases, formats, peft_names, pickles, publishing, storage
+from lora_export.errors import MOST_LISTED, InputError, listed
+from lora_export.records import Adapter, Reading, all_finite
 
 if TYPE_CHECKING:  # reading an adapter loads no torch
     from torch import nn
 
 
-def read_adapter(path: str | Path, format: str | None = None) -> Adapter:
+def locate(adapter: str | Path) -> Path:
+    """Return where the adapter lies: a file, a directory, or a hub's snapshot of one.
+
+    `org/name` is a hub id where no such path exists; `org/name/folder` a folder inside.
+
+    Raises:
+        InputError: there is nothing of that name; or a directory holds several adapters.
+    """
+    place = Path(adapter).expanduser()
+    if not _exists(place):
+        place = bases.find_adapter(str(adapter))
+    if place.is_dir() and not (place / "adapter_config.json").is_file():
+        inside = sorted(f.parent for f in place.glob("*/adapter_config.json"))
+        if len(inside) == 1 and not any(place.glob("*.safetensors")):
+            return inside[0]
+        if inside:
+            names = ", ".join(folder.name for folder in inside[:MOST_LISTED])
+            raise InputError(f"{place} holds several adapters: {names}; name one of them")
+    return place
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # a name that is no name of a file
+        return False
+
+
+def read_adapter(
+    path: str | Path, format: str | None = None, reading: Reading | None = None
+) -> Adapter:
     """Return the adapter at `path`, in whichever known format it is.
+
+    Args:
+        path: A file, a directory, or a hub id.
+        format: One of `formats.names()`; None recognises it.
+        reading: What the caller knows and the file does not say.
 
     Raises:
         InputError: there is nothing at `path`, or no known format, or it is damaged.
     """
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise InputError(f"no adapter at {place}")
-    adapter: Adapter = formats.load(format or _detect(place)).read(place)
+    place = locate(path)
+    adapter: Adapter = formats.load(format or _detect(place)).read(place, reading)
     return adapter
 
 
@@ -28,11 +61,18 @@ def _detect(place: Path) -> str:
     for name in formats.names():
         if formats.load(name).detect(place):
             return name
-    if place.is_file():
+    if place.is_file() and place.suffix not in pickles.SUFFIXES:
         storage.read_header(place)  # a damaged file says so itself
+    if place.is_dir() and any((place / name).is_file() for name in _WEIGHTS):
+        raise InputError(
+            f"{place} holds weights and no adapter_config.json: pass the file itself and --alpha"
+        )
     raise InputError(
         f"{place} is in none of the known adapter formats ({', '.join(formats.names())})"
     )
+
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 
 
 def save_adapter(model: "nn.Module", path: str | Path, **about: Any) -> Adapter:

@@ -5,8 +5,18 @@ The arithmetic is numpy in float64, written apart from the code that merges.
 
 import numpy as np
 
-from lora_export.plan import COPY, MERGE, MergePlan, Step
-from lora_export.records import Account, Adapter, Array, WeightAudit
+from lora_export.plan import BIAS, COPY, MERGE, PLACE, ROWS, MergePlan, Part, Step
+from lora_export.records import (
+    CONV,
+    EXPERTS,
+    LINEAR,
+    Account,
+    Adapter,
+    Array,
+    Factors,
+    WeightAudit,
+    is_float,
+)
 from lora_export.rounding import ulp
 from lora_export.storage import Checkpoint, TensorInfo
 
@@ -15,33 +25,49 @@ def account(
     plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint, merged: Checkpoint
 ) -> Account:
     """Return where every tensor of adapter and base went, as found in the written files."""
-    copies = {step.name: step for step in plan.of(COPY)}
+    copies = plan.of(COPY)
     damaged = {
         step.source or ""
-        for step in copies.values()
+        for step in copies
         if step.name not in merged.tensors or not _is_copy(step, checkpoint, merged)
     }
-    done = {step.module for step in plan.of(MERGE) if step.name in merged.tensors}
+    written = [step for step in plan.steps if step.name in merged.tensors]
+    done = {module for step in written for module in step.modules}
     placed = {
-        name
-        for name, value in adapter.replaced.items()
-        if name in merged.tensors and _holds(merged.tensors[name], value)
+        step.placed or ""
+        for step in written
+        if step.operation == PLACE
+        and (step.parts or _holds(merged.tensors[step.name], adapter.replaced[str(step.placed)]))
     }
+    twins = _twins(adapter, placed)
     planned = {step.name for step in plan.steps}
-    changed = {step.source or "" for step in plan.of(MERGE) if step.module in done}
+    changed = {step.source or "" for step in written if step.operation == MERGE}
     base_names = {step.source for step in plan.steps} | plan.dropped.keys()
+    updates = (adapter.modules.keys() | adapter.rows.keys()) - plan.ignored.keys()
     return Account(
-        adapter_merged=tuple(sorted(map(str, done))),
-        adapter_placed=tuple(sorted(placed)),
-        adapter_left=tuple(
-            sorted((adapter.modules.keys() - done) | (adapter.replaced.keys() - placed))
-        ),
+        adapter_merged=tuple(sorted(done)),
+        adapter_placed=tuple(sorted(placed | twins)),
+        adapter_left=tuple(sorted((updates - done) | (adapter.replaced.keys() - placed - twins))),
         base_changed=tuple(sorted(changed)),
-        base_identical=tuple(sorted({s.source or "" for s in copies.values()} - damaged)),
+        base_identical=tuple(sorted({s.source or "" for s in copies} - damaged)),
         base_dropped=dict(plan.dropped),
         base_damaged=tuple(sorted(damaged | (checkpoint.tensors.keys() - base_names))),
         unexplained=tuple(sorted(merged.tensors.keys() - planned)),
     )
+
+
+def _twins(adapter: Adapter, placed: set[str]) -> set[str]:
+    """Return the adapter's own tensors that equal a placed one: both sides of a tie."""
+    return {
+        name
+        for name, value in adapter.replaced.items()
+        if name not in placed
+        and any(
+            adapter.replaced[other].shape == value.shape
+            and bool((adapter.replaced[other] == value).all())
+            for other in placed
+        )
+    }
 
 
 def _is_copy(step: Step, checkpoint: Checkpoint, merged: Checkpoint) -> bool:
@@ -54,6 +80,8 @@ def _is_copy(step: Step, checkpoint: Checkpoint, merged: Checkpoint) -> bool:
 
 def _holds(info: TensorInfo, value: Array) -> bool:
     """Whether the tensor on disk is `value`, rounded once to the dtype on disk."""
+    if not is_float(value):
+        return info.shape == value.shape and bool((info.array() == value).all())
     exact = value.astype(np.float64)
     error = np.abs(info.array().astype(np.float64) - exact)
     return info.shape == value.shape and bool((error <= 0.5 * ulp(exact, info.dtype)).all())
@@ -62,16 +90,24 @@ def _holds(info: TensorInfo, value: Array) -> bool:
 def weights(
     plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint, merged: Checkpoint
 ) -> tuple[WeightAudit, ...]:
-    """Return the audit of every merged tensor against W0 + s B A in float64."""
-    return tuple(_audit(step, adapter, checkpoint, merged) for step in plan.of(MERGE))
+    """Return the audit of every merged tensor against its formula in float64."""
+    return tuple(
+        _audit(step, plan, adapter, checkpoint, merged) for step in plan.steps if step.parts
+    )
 
 
-def _audit(step: Step, adapter: Adapter, checkpoint: Checkpoint, merged: Checkpoint) -> WeightAudit:
-    pair = adapter.modules[str(step.module)]
-    base = checkpoint.tensors[str(step.source)].array().astype(np.float64)
-    update = pair.scale * np.matmul(pair.b.astype(np.float64), pair.a.astype(np.float64))
-    update = update.T if step.transposed else update
-    exact = base + update
+def _audit(
+    step: Step, plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint, merged: Checkpoint
+) -> WeightAudit:
+    if step.source is not None:
+        base = checkpoint.tensors[step.source].array().astype(np.float64)
+        kept = checkpoint.tensors[step.source].dtype
+    else:
+        base, kept = adapter.replaced[str(step.placed)].astype(np.float64), "F32"
+    exact = base.copy()
+    for part in step.parts:
+        _apply(part, exact, base, plan, adapter, kept)
+    update = exact - base
     info = merged.tensors[step.name]
     stored = info.array().astype(np.float64)
     spacing = ulp(exact, info.dtype)
@@ -89,3 +125,80 @@ def _audit(step: Step, adapter: Adapter, checkpoint: Checkpoint, merged: Checkpo
         unmoved=int(unmoved.sum()),
         lost_share=float(np.linalg.norm(stored - exact)) / size if size else 0.0,
     )
+
+
+def _apply(
+    part: Part, exact: Array, base: Array, plan: MergePlan, adapter: Adapter, kept: str
+) -> None:
+    """Write what `part` makes of `base` into `exact`, both float64."""
+    if part.what == ROWS:
+        rows = adapter.rows[part.module]
+        for index, row in zip(rows.indices, rows.values, strict=True):
+            exact[index] = row.astype(np.float64)
+        return
+    pair = adapter.modules[part.module]
+    if part.what == BIAS:
+        assert pair.bias is not None
+        exact += pair.scale * pair.bias.astype(np.float64)
+        return
+    experts = pair.a.shape[0] if pair.kind == EXPERTS else 1
+    shape = base.shape if base.ndim == 3 and pair.kind != CONV else (1, len(base), -1)
+    old, new = base.reshape(shape), exact.reshape(shape)  # views: both are contiguous
+    for expert in range(*(part.experts or (0, experts))):
+        target: tuple[int | slice, ...] = (expert if shape[0] != 1 else 0,)
+        if part.box is not None:
+            (first, _), rows_of, columns = part.box
+            offset = expert - (part.experts[0] if part.experts else 0)
+            target = (first + offset, slice(*rows_of), slice(*columns))
+        weight = old[target].T if part.transposed else old[target]
+        merged = _formula(weight, pair, expert, part, plan.variant.split("+"), kept)
+        new[target] = merged.T if part.transposed else merged
+
+
+def _formula(
+    weight: Array, pair: Factors, expert: int, part: Part, names: list[str], kept: str
+) -> Array:
+    """Return the merged weight (out, in) by the formulas of the papers."""
+    a = pair.a[expert] if pair.kind == EXPERTS else pair.a.reshape(pair.rank, -1)
+    b = pair.b[expert] if pair.kind == EXPERTS else pair.b.reshape(-1, pair.rank)
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    if pair.diagonal is not None:
+        wide_a = pair.diagonal.astype(np.float64)[:, None] * wide_a
+    delta = pair.scale * np.matmul(wide_b, wide_a)
+    delta = delta[slice(*(part.outs or (None,))), slice(*(part.ins or (None,)))]
+    if pair.kind == LINEAR and {"pissa", "kasa", "olora"} & set(names):
+        weight = _rounded(_before_training(weight, pair, names), kept)
+    if pair.magnitude is None:
+        plain: Array = weight + delta
+        return plain
+    total = weight + delta
+    length = np.linalg.norm(total, axis=1)
+    magnitude = pair.magnitude.astype(np.float64)[slice(*(part.outs or (None,)))]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = np.where(length > 0, magnitude / length, 0.0)
+    scaled: Array = factor[:, None] * total
+    return scaled
+
+
+def _before_training(weight: Array, pair: Factors, names: list[str]) -> Array:
+    """Return the weight that training began with: the base's, less what its method took out."""
+    if "olora" in names:
+        q, r = np.linalg.qr(weight)
+        residual: Array = weight - pair.scale * np.matmul(q[:, : pair.rank], r[: pair.rank])
+        return residual
+    u, s, v = np.linalg.svd(weight, full_matrices=False)
+    if "pissa" in names:
+        s = np.where(np.arange(len(s)) < pair.rank, 0.0, s)
+    else:  # KaSA drops the smallest
+        s = np.where(np.arange(len(s)) < len(s) - pair.rank, s, 0.0)
+    kept: Array = np.matmul(u * s, v)
+    return kept
+
+
+def _rounded(value: Array, dtype: str) -> Array:
+    """Return `value` rounded to the nearest number of `dtype`, ties to even, still as float64."""
+    if dtype == "F64":
+        return value
+    spacing = ulp(value, dtype)
+    nearest: Array = np.rint(value / spacing) * spacing
+    return nearest

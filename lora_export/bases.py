@@ -57,7 +57,7 @@ def find(base: str, revision: str | None = None) -> Base:
     if base and folder.is_dir():
         return Base(folder, None, "directory")
     if not _HUB_ID.fullmatch(base):
-        raise InputError(f"no such directory: {base!r}")
+        raise InputError(f"no such directory: {base!r}; pass the base model with --base")
     for origin, path in _places(base, revision):
         if path is not None:
             return Base(path, base, origin)
@@ -68,6 +68,35 @@ def find(base: str, revision: str | None = None) -> Base:
         f"base model {base!r} is no directory, and neither the hub cache, an installed package nor "
         f"the hub has it; pass a directory with --base{hint}"
     )
+
+
+def find_adapter(name: str) -> Path:
+    """Return the hub's snapshot of the adapter `name`: `org/repository`, or a folder inside one.
+
+    Raises:
+        InputError: `name` is no hub id, or neither the cache nor the hub has it.
+    """
+    owner, _, rest = name.partition("/")
+    repository, _, folder = rest.partition("/")
+    place = None
+    if rest and _HUB_ID.fullmatch(f"{owner}/{repository}") and ".." not in folder.split("/"):
+        for local in (True, False):
+            place = place or _downloaded(f"{owner}/{repository}", local=local)
+    if place is None or not (place / folder).exists():
+        raise InputError(f"no adapter at {name}: no such path, and neither cache nor hub has it")
+    return place / folder
+
+
+def _downloaded(repository: str, *, local: bool) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
+        found = snapshot_download(
+            repository, local_files_only=local, allow_patterns=[*_HUB_FILES, "*.bin"]
+        )
+        return Path(found)
+    return None
 
 
 def _places(base: str, revision: str | None) -> Iterator[tuple[str, Path | None]]:

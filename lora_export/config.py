@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from lora_export import registry
 from lora_export.errors import InputError
 
 ALL_LINEAR = "all-linear"
 INITS = ("kaiming", "gaussian")
-VARIANTS = "lora_export.variants"
+TRAINABLE = ("lora", "rslora")  # variants with a layer of their own; the others are merged only
 T = TypeVar("T")
 
 
@@ -55,8 +54,8 @@ class LoraConfig:
                 raise InputError(f"alpha is {alpha!r}; expected a number above 0")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise InputError(f"dropout is {self.dropout!r}; expected 0 <= dropout < 1")
-        if self.variant not in registry.names(VARIANTS):
-            known = ", ".join(registry.names(VARIANTS))
+        if self.variant not in TRAINABLE:
+            known = ", ".join(TRAINABLE)
             raise InputError(f"variant is {self.variant!r}; expected one of {known}")
         if self.init not in INITS:
             raise InputError(f"init is {self.init!r}; expected one of {', '.join(INITS)}")

@@ -38,7 +38,7 @@ class LoraLayer(nn.Module, abc.ABC):
     def __init__(self, weight: Tensor, bias: Tensor | None, config: LoraConfig) -> None:
         super().__init__()
         self.rank, self.alpha, self.variant = config.rank, float(config.alpha), config.variant
-        self.scale: float = variants.load(config.variant).scaling(self.alpha, self.rank)
+        self.scale: float = variants.scaling(config.variant, self.alpha, self.rank)
         self.dropout = nn.Dropout(config.dropout)
         self.active = True
         self._base_weight: Tensor | None = None  # the exact bits, while merged
@@ -86,7 +86,7 @@ class LoraLayer(nn.Module, abc.ABC):
         if self.is_merged:
             return self.weight.detach()
         delta = self.scale * (self.lora_B.double() @ self.lora_A.double())
-        exact = variants.load(self.variant).merged(self._transpose(self.weight).double(), delta)
+        exact = variants.merged(self.variant, self._transpose(self.weight).double(), delta)
         return self._transpose(round_once(exact, self.weight.dtype)).contiguous()
 
     def merge(self) -> None:

@@ -1,19 +1,22 @@
 """Merge: a plan into a directory of plain weights; a live model into plain layers."""
 
+import contextlib
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lora_export import storage, variants
+from lora_export.architecture import stack
 from lora_export.errors import InputError
 from lora_export.injection import forget, lora_layers
-from lora_export.plan import MERGE, PLACE, MergePlan, Step
-from lora_export.records import Adapter, Array
+from lora_export.plan import BIAS, MERGE, PLACE, ROWS, MergePlan, Part, Step
+from lora_export.records import LINEAR, Adapter, Factors, is_float, widened
 from lora_export.rounding import TORCH_DTYPES, round_once
 from lora_export.storage import Checkpoint, NewTensor
 
@@ -56,7 +59,12 @@ def merge(model: nn.Module, *, in_place: bool = False) -> nn.Module:
 
 
 def write_merged(
-    plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint, config: Any, out: Path
+    plan: MergePlan,
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    settings: Mapping[str, Any],
+    out: Path,
+    companions: Mapping[str, Path] | None = None,
 ) -> None:
     """Carry out `plan`: write a checkpoint directory that loads without any mention of LoRA.
 
@@ -66,8 +74,10 @@ def write_merged(
         plan: From `lora_export.plan.plan`.
         adapter: What the plan was made for.
         checkpoint: What the plan was made for.
-        config: The transformers config that goes with the architecture and its labels.
+        settings: Fields of config.json that differ from the base's: architecture, labels, sizes.
         out: The directory to make; it must not exist.
+        companions: Files that a user of the model needs beside the weights, by name; None takes
+            the base's.
 
     Raises:
         InputError: a merged weight is not finite or overflows the dtype; names the tensor.
@@ -75,20 +85,27 @@ def write_merged(
     out.mkdir()
     weight_map: dict[str, str] = {}
     total = 0
-    for shard in checkpoint.shards:
-        steps = [step for step in plan.steps if step.shard == shard]
-        tensors = [_new_tensor(step, adapter, checkpoint) for step in steps]
-        total += storage.write_safetensors(out / shard, tensors, {"format": "pt"})
-        weight_map |= {step.name: shard for step in steps}
+    shards = [s for s in checkpoint.shards if any(step.shard == s for step in plan.steps)]
+    with _one_thread():
+        for shard in shards:
+            steps = [step for step in plan.steps if step.shard == shard]
+            tensors = [_new_tensor(step, plan, adapter, checkpoint) for step in steps]
+            total += storage.write_safetensors(out / shard, tensors, {"format": "pt"})
+            weight_map |= {step.name: shard for step in steps}
     if checkpoint.shards != (storage.SINGLE,):
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         storage.write_json(out / storage.INDEX, index)
-    storage.write_json(out / "config.json", _config_json(checkpoint.root, config, plan))
-    for name in COMPANIONS:
-        if (checkpoint.root / name).is_file():
-            _copy(checkpoint.root / name, out / name)
-    files = {name: storage.sha256(out / name) for name in checkpoint.shards}
+    storage.write_json(out / "config.json", _config_json(checkpoint.root, settings, plan))
+    found = companions_of(checkpoint.root) if companions is None else companions
+    for name, file in found.items():
+        _copy(file, out / name)
+    files = {name: storage.sha256(out / name) for name in shards}
     storage.write_json(out / PROVENANCE, {**_provenance(plan, adapter, checkpoint), "files": files})
+
+
+def companions_of(folder: Path) -> dict[str, Path]:
+    """Return the files in `folder` that a user of the model needs beside the weights, by name."""
+    return {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -101,44 +118,103 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _new_tensor(step: Step, adapter: Adapter, checkpoint: Checkpoint) -> NewTensor:
+def _new_tensor(step: Step, plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint) -> NewTensor:
     def read() -> bytes:
-        if step.operation == PLACE:
-            return _stored(torch.from_numpy(adapter.replaced[step.name]), step)
-        info = checkpoint.tensors[str(step.source)]
-        if step.operation == MERGE:
-            return _merged(info.array(), step, adapter)
-        if step.dtype == info.dtype:
+        info = checkpoint.tensors[step.source] if step.source is not None else None
+        if info is not None and not step.parts and step.dtype == info.dtype:
             return info.read()
-        return _stored(torch.from_numpy(info.array()), step)
+        stored = info.array() if info is not None else adapter.replaced[str(step.placed)]
+        if not is_float(stored):
+            return np.ascontiguousarray(stored).tobytes()
+        with _named(step.name):
+            return _bytes(_merged(torch.from_numpy(widened(stored)), step, plan, adapter))
 
     return NewTensor(step.name, step.dtype, step.shape, read)
 
 
-def _merged(base: Array, step: Step, adapter: Adapter) -> bytes:
-    pair = adapter.modules[str(step.module)]
-    a, b = torch.from_numpy(pair.a).double(), torch.from_numpy(pair.b).double()
-    weight = torch.from_numpy(base).double()
-    oriented = weight.T if step.transposed else weight
-    exact = variants.load(adapter.variant).merged(oriented, pair.scale * (b @ a))
-    return _stored(exact.T if step.transposed else exact, step)
+def _merged(start: Tensor, step: Step, plan: MergePlan, adapter: Adapter) -> Tensor:
+    """Return the tensor of `step`: `start` with its updates, each rounded once."""
+    dtype = TORCH_DTYPES[step.dtype]
+    result = round_once(start.double(), dtype)
+    for part in step.parts:
+        if part.what == ROWS:
+            rows = adapter.rows[part.module]
+            values = torch.from_numpy(widened(rows.values)).double()
+            result[list(rows.indices)] = round_once(values, dtype)
+            continue
+        pair = adapter.modules[part.module]
+        if part.what == BIAS:
+            assert pair.bias is not None
+            exact = start.double() + pair.scale * torch.from_numpy(widened(pair.bias)).double()
+            result = round_once(exact, dtype)
+            continue
+        old, new = (
+            _region(tensor.view(stack(step.shape, pair.kind)), part) for tensor in (start, result)
+        )
+        for index in range(len(new)):  # one expert at a time: float64 is wide
+            exact = _exact(old[index], index, part, pair, plan.variant, start.dtype)
+            new[index] = round_once(exact, dtype)
+    return result
 
 
-def _stored(value: Tensor, step: Step) -> bytes:
+def _region(tensor: Tensor, part: Part) -> Tensor:
+    """Return the part's region of `tensor` (experts, rows, columns) as (experts, out, in)."""
+    if part.box is not None:
+        experts, rows, columns = (slice(*span) for span in part.box)
+        tensor = tensor[experts, rows, columns]
+    return tensor.transpose(1, 2) if part.transposed else tensor
+
+
+def _exact(
+    weight: Tensor, index: int, part: Part, pair: Factors, variant: str, dtype: torch.dtype
+) -> Tensor:
+    """Return the merged weight (out, in) of one expert of `part`, in float64."""
+    outs, ins = slice(*(part.outs or (None,))), slice(*(part.ins or (None,)))
+    expert = index + (part.experts[0] if part.experts else 0)
+    a, b = (torch.from_numpy(widened(side[expert])).double() for side in pair.matrices())
+    if pair.diagonal is not None:
+        b = b * torch.from_numpy(widened(pair.diagonal)).double()
+    delta = pair.scale * (b[outs] @ a[:, ins])
+    wide = weight.double()
+    if pair.kind == LINEAR and variants.changes_base(variant):
+        # Training kept what was left in the base's own dtype.
+        wide = round_once(variants.base(variant, wide, pair.scale, pair.rank), dtype).double()
+    magnitude = None
+    if pair.magnitude is not None:
+        magnitude = torch.from_numpy(widened(pair.magnitude)).double()[outs]
+    return variants.merged(variant, wide, delta, magnitude)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
     try:
-        rounded = round_once(value.double(), TORCH_DTYPES[step.dtype])
+        yield
     except InputError as error:
-        raise InputError(f"{step.name}: {error}") from error
-    return rounded.contiguous().view(torch.uint8).numpy().tobytes()
+        raise InputError(f"{name}: {error}") from error
 
 
-def _config_json(base: Path, config: Any, plan: MergePlan) -> dict[str, Any]:
-    """Return the base's own config.json with what the head and the dtype change in it."""
+def _bytes(value: Tensor) -> bytes:
+    return value.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: how a sum is cut among threads shows in its last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _config_json(base: Path, settings: Mapping[str, Any], plan: MergePlan) -> dict[str, Any]:
+    """Return the base's own config.json with what the adapter and the dtype change in it."""
     fields = storage.read_json(base / "config.json")
-    fields["architectures"] = [plan.architecture]
-    for name in ("id2label", "label2id", "pad_token_id"):
-        if (value := getattr(config, name, None)) is not None:
-            fields[name] = value
+    text = fields.get("text_config")
+    inner: dict[str, Any] = text if isinstance(text, dict) else {}
+    for name, value in settings.items():
+        (inner if name in inner and name not in fields else fields)[name] = value
     for name in ("num_labels", "_name_or_path"):  # told by the labels; a place, perhaps a path
         fields.pop(name, None)
     dtypes = {str(TORCH_DTYPES[step.dtype]).removeprefix("torch.") for step in plan.of(MERGE)}
@@ -165,16 +241,21 @@ def _provenance(plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint) -> Ma
             "sha256": adapter.sha256,
             "format": adapter.format,
             "variant": adapter.variant,
+            "merged_as": plan.variant,
             "labels": list(adapter.labels),
         },
         "merged": {
             step.name: {
-                "rank": adapter.modules[str(step.module)].rank,
-                "scale": adapter.modules[str(step.module)].scale,
+                name: {"rank": adapter.modules[name].rank, "scale": adapter.modules[name].scale}
+                for name in step.modules
+                if name in adapter.modules
             }
-            for step in plan.of(MERGE)
+            for step in plan.steps
+            if step.parts
         },
         "placed": [step.name for step in plan.of(PLACE)],
+        "rows": {path: list(rows.indices) for path, rows in adapter.rows.items()},
         "dropped": dict(plan.dropped),
+        "ignored": dict(plan.ignored),
         "notes": [*plan.notes, *adapter.notes],
     }

@@ -27,6 +27,7 @@ _TASK_TABLES = {
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
 }
+TASKS = tuple(_TASK_TABLES)
 
 _VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
@@ -46,10 +47,6 @@ def architecture_of(adapter: Adapter, base: Path) -> str:
     if adapter.base.architecture:
         return adapter.base.architecture
     config = storage.read_json(base / "config.json")
-    if adapter.task_type and adapter.task_type not in _TASK_TABLES:
-        raise InputError(
-            f"the adapter's task_type is {adapter.task_type!r}; known: {', '.join(_TASK_TABLES)}"
-        )
     if table := _TASK_TABLES.get(adapter.task_type or ""):
         from transformers.models.auto import modeling_auto
 
@@ -138,6 +135,17 @@ def blank(config: Any) -> nn.Module:
             raise
         raise InputError(f"no model can be built from the config: {_first_line(error)}") from error
     return model
+
+
+def embeddings(model: nn.Module) -> list[str]:
+    """Return the names of the weights of the input and output embeddings of `model`."""
+    ends = []
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            ends.append(getattr(model, getter)())
+    return [
+        f"{path}.weight" for path, module in model.named_modules() if any(module is e for e in ends)
+    ]
 
 
 def has_tokenizer(base: Path) -> bool:

@@ -1,154 +1,508 @@
-"""PEFT's tensor names and config fields, read into an `Adapter`'s parts and written from them.
+"""PEFT's tensor names, read into an `Adapter` and written from one.
 
-Goes by the tensors in the file, never by the config's lists: ranks come from the tensors and are
-cross-checked against the config. What cannot be merged exactly is refused with its reason.
-Source: PEFT's `adapter_config.json` and `adapter_model.safetensors`, versions 0.4 to 0.21.
+Goes by the tensors in the file, never by the config's lists: what they hold decides, and where the
+config says otherwise the adapter carries a note or is refused. Source: PEFT 0.1 to 0.21.
 """
 
-import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lora_export import variants
+from lora_export import peft_config, variants
 from lora_export.errors import InputError, listed
-from lora_export.records import Adapter, Array, BaseRef, Factors, Promises, all_finite
+from lora_export.peft_config import PeftConfig
+from lora_export.records import (
+    CONV,
+    EMBEDDING,
+    EXPERTS,
+    LINEAR,
+    Adapter,
+    Array,
+    BaseRef,
+    Factors,
+    Promises,
+    Reading,
+    Rows,
+    all_finite,
+    is_float,
+)
+from lora_export.refusals import refused
 from lora_export.storage import TensorInfo
 
 PREFIX = "base_model.model."
-_PAIR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
-_LORA = re.compile(r"\.(lora_|token_adapter|base_layer|modules_to_save|original_module)")
-
-# Fields that change the merged weight in ways that this version does not compute.
-_REFUSED = {
-    "use_dora": "DoRA",
-    "lora_bias": "a bias in lora_B",
-    "layer_replication": "layer replication",
-    "use_qalora": "QALoRA",
-    "alora_invocation_tokens": "activated LoRA, which cannot be merged",
-    "arrow_config": "Arrow routing, which cannot be merged",
-    "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
-    "target_parameters": "target_parameters (fused experts)",
-    "trainable_token_indices": "trainable tokens",
-    "enable_lora": "MergedLinear of PEFT 0.2",
-}
-# Fields that do not change the merged weight, or that the tensors in the file answer for.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
-    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config",
-    "megatron_config", "megatron_core", "merge_weights", "modules_to_save", "monteclora_config",
-    "alpha_pattern", "init_lora_weights", "peft_type", "peft_version", "qalora_group_size", "r",
-    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
-    "velora_config",
-}  # fmt: skip
-_TEXTS = ("task_type", "base_model_name_or_path", "revision")
 WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")  # tasks for which PEFT expects a head in the file
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Prefixes that wrappers leave: distributed training, compilation.
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+_NAME = r"(\.(?P<name>[^.]+))?"
+_PARTS = tuple(
+    (part, re.compile(rf"(?P<path>.+?)\.{pattern}"))
+    for part, pattern in (
+        ("a", rf"lora_A{_NAME}\.weight"),
+        ("b", rf"lora_B{_NAME}\.weight"),
+        ("bias", rf"lora_B{_NAME}\.bias"),
+        ("a", rf"lora_A{_NAME}"),  # AdaLoRA, loralib
+        ("b", rf"lora_B{_NAME}"),
+        ("embedding_a", rf"lora_embedding_A{_NAME}"),
+        ("embedding_b", rf"lora_embedding_B{_NAME}"),
+        ("magnitude", rf"lora_magnitude_vector{_NAME}\.weight"),
+        ("magnitude", rf"lora_magnitude_vector{_NAME}"),
+        ("diagonal", rf"lora_diag{_NAME}"),
+        ("diagonal", rf"lora_E{_NAME}"),
+        ("rows", rf"token_adapter\.trainable_tokens_delta{_NAME}"),
+    )
+)
+_SPELLED = {
+    "a": "lora_A", "b": "lora_B", "embedding_a": "lora_embedding_A",
+    "embedding_b": "lora_embedding_B", "expert_a": "lora_A", "expert_b": "lora_B",
+}  # fmt: skip
+# Tensors that training needs and merging does not.
+_IDLE = (
+    (re.compile(r"\.lora_velora_embed"), "VeLoRA: steers the gradient only"),
+    (re.compile(r"\.lora_monteclora_sampler"), "MonteCLoRA: sampled in training only"),
+    (re.compile(r"\.ranknum"), "AdaLoRA: a count"),
+    (re.compile(r"\.original_module\."), "PEFT's copy of the untrained module"),
+    (re.compile(r"\.token_adapter\.(base_layer|trainable_tokens_original)"), "PEFT's own copy"),
+)
+_SAVED = re.compile(r"\.modules_to_save(\.(?P<name>[^.]+))?(?=\.[^.]+$)")
+_ODD = re.compile(r"(^|\.)(lora_|token_adapter|modules_to_save)")
+# PEFT nests its wrappers in the order in which a module registers its parameters.
+_REGISTERED = (
+    "gate_up_proj", "gate_up_proj_bias", "gate_proj", "w1", "up_proj", "w3", "down_proj",
+    "down_proj_bias", "w2",
+)  # fmt: skip
 
 
-def read(infos: Mapping[str, TensorInfo], config: Mapping[str, Any], where: str) -> Adapter:
-    """Return the adapter in the tensors `infos`, as `config` says they are to be read.
+@dataclass
+class _Sorted:
+    """The tensors of a file by what they are, and what was found odd on the way."""
+
+    parts: dict[str, dict[str, Array]] = field(default_factory=lambda: defaultdict(dict))
+    replaced: dict[str, Array] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    prefixes: Counter[str] = field(default_factory=Counter)
+    adapters: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
+
+
+def read(
+    tensors: Mapping[str, TensorInfo] | Mapping[str, Array],
+    config: Mapping[str, Any],
+    where: str,
+    reading: Reading | None = None,
+) -> Adapter:
+    """Return the adapter in `tensors`, as `config` says they are to be read.
 
     Raises:
         InputError: with every fault that was found in names, shapes, values and config.
     """
-    tensors = {name: info.array() for name, info in infos.items()}
-    variant = "rslora" if config.get("use_rslora") is True else "lora"
-    modules, replaced = _parts(tensors, config, variant, where)
-    return Adapter(
-        modules=modules,
-        replaced=replaced,
-        variant=variant,
-        dropout=_dropout(config, where),
-        task_type=config.get("task_type"),
-        base=BaseRef(config.get("base_model_name_or_path"), config.get("revision")),
-        promises=_promised(config),
-    )
-
-
-def _parts(
-    tensors: Mapping[str, Array], config: Mapping[str, Any], variant: str, where: str
-) -> tuple[dict[str, Factors], dict[str, Array]]:
-    """Return the low-rank pairs by module path, and the replaced tensors by name."""
-    unsound = _number_faults(config)
-    faults = [*_config_faults(config), *unsound]
-    halves: dict[str, dict[str, Array]] = {}
-    replaced: dict[str, Array] = {}
-    for key, value in tensors.items():
-        if not key.startswith(PREFIX):
-            faults.append(f"{key}: does not begin with {PREFIX}")
-        elif value.dtype.kind != "f":
-            faults.append(f"{key}: dtype {value.dtype}; expected floats")
-        elif not all_finite(value):
-            bad = int(value.size - np.isfinite(value).sum())
-            faults.append(f"{key}: {bad} of {value.size} values are NaN or infinite")
-        elif pair := _PAIR.fullmatch(key.removeprefix(PREFIX)):
-            sides = halves.setdefault(pair["path"], {})
-            if pair["side"] in sides:
-                faults.append(f"{key}: a second lora_{pair['side']} for {pair['path']}")
-            sides[pair["side"]] = _wide(value)
-        elif _LORA.search(key):
-            faults.append(f"{key}: a kind of tensor that this version cannot merge")
-        else:
-            replaced[key.removeprefix(PREFIX)] = _wide(value)
-    modules = {}
-    for path, sides in sorted(halves.items()):
-        try:
-            a, b = _pair(path, sides)
-            if not unsound:  # ranks and scales can be judged by sound numbers only
-                modules[path] = _factors(path, a, b, config, variant)
-        except InputError as error:
-            faults.append(str(error))
-    if not halves:
+    reading = reading or Reading()
+    faults = []
+    stated = None
+    try:
+        stated = peft_config.parse(config, reading)
+    except InputError as error:
+        faults.append(str(error))
+    found = _sort(tensors)
+    faults += found.faults
+    notes = [*_prefix_notes(found.prefixes), *_saved_notes(config, found)]
+    modules: dict[str, Factors] = {}
+    rows: dict[str, Rows] = {}
+    if stated is not None:
+        groups = _by_path(found.parts, stated, faults, notes)
+        for path, parts in sorted(groups.items()):
+            try:
+                if "rows" in parts:
+                    rows[path] = _rows(path, parts.pop("rows"), stated)
+                if "adalora" in stated.variant and not all(v.size for v in parts.values()):
+                    found.ignored[path] = "AdaLoRA pruned it to rank 0"
+                elif parts:
+                    name, pair = _factors(path, parts, stated)
+                    modules[name] = pair
+            except InputError as error:
+                faults.append(str(error))
+        faults += _rank_faults(modules, stated, notes)
+        if any(p.kind == EXPERTS for p in modules.values()):
+            marked = reading.expert_b or not peft_config.is_unmarked_unsloth(config)
+            faults += [] if marked else [refused("expert-b")]
+    else:
+        faults += _lone_halves(found.parts)
+    if not found.parts:
         faults.append("no lora_A and lora_B tensors at all")
     if faults:
         raise InputError(listed(f"cannot use the adapter {where}", faults))
-    return modules, dict(sorted(replaced.items()))
+    assert stated is not None
+    dropout = config.get("lora_dropout")
+    return Adapter(
+        modules=modules,
+        replaced=dict(sorted(found.replaced.items())),
+        variant=stated.variant,
+        dropout=float(dropout) if dropout is not None else 0.0,
+        task_type=config.get("task_type"),
+        base=BaseRef(
+            config.get("base_model_name_or_path"),
+            config.get("revision"),
+            peft_config.architecture_of(config),
+        ),
+        promises=_promised(config),
+        notes=tuple(notes),
+        rows=rows,
+        ignored=found.ignored,
+        fields=peft_config.kept(config),
+    )
 
 
-def config_of(adapter: Adapter) -> dict[str, Any]:
-    """Return the fields of PEFT's `adapter_config.json` that describe `adapter`.
+# ---------------------------------------------------------------- names
 
-    The commonest rank and alpha become `r` and `lora_alpha`; every other module gets a pattern
-    that matches its path alone, so that no reader's order of patterns matters.
+
+def module_name(key: str) -> tuple[str, str]:
+    """Return `key` without the prefixes of PEFT and of wrappers, and these prefixes."""
+    name = key
+    while True:
+        for prefix in (PREFIX, *_WRAPPERS):
+            if name.startswith(prefix):
+                name = name.removeprefix(prefix)
+                break
+        else:
+            return name.replace("._orig_mod.", "."), key[: len(key) - len(name)]
+
+
+def _sort(tensors: Mapping[str, TensorInfo] | Mapping[str, Array]) -> _Sorted:
+    found = _Sorted()
+    origins: dict[tuple[str, str], str] = {}
+    for key in sorted(tensors):
+        value = tensors[key]
+        if isinstance(value, TensorInfo):
+            value = value.stored()
+        name, prefix = module_name(key)
+        found.prefixes[prefix] += 1
+        if reason := next((why for pattern, why in _IDLE if pattern.search(name)), None):
+            found.ignored[key] = reason
+            continue
+        if is_float(value) and not all_finite(value):
+            bad = int(value.size - np.isfinite(value).sum())
+            found.faults.append(f"{key}: {bad} of {value.size} values are NaN or infinite")
+            continue
+        part, path = _part(name, found)
+        known = origins.setdefault((path, part), key)
+        if known != key:
+            _compare(key, known, value, found, path, part)
+        elif part == "whole":
+            found.replaced[path] = value
+        elif not is_float(value):
+            found.faults.append(f"{key}: dtype {value.dtype}; expected floats")
+        else:
+            found.parts[path][part] = value
+        if part == "whole" and _ODD.search(path):
+            found.faults.append(refused("unknown-tensor", key))
+    if len(found.adapters) > 1:
+        names = ", ".join(sorted(found.adapters))
+        found.faults.append(refused("several-adapters", found=names))
+    return found
+
+
+def _part(name: str, found: _Sorted) -> tuple[str, str]:
+    """Return what the tensor `name` is of, and the module's path; or "whole" and its own name."""
+    for part, pattern in _PARTS:
+        if match := pattern.fullmatch(name):
+            if match["name"]:
+                found.adapters.add(match["name"])
+            return part, match["path"]
+    if match := _SAVED.search(name):
+        return "whole", name[: match.start()] + name[match.end() :]
+    return "whole", name.replace(".base_layer.", ".")
+
+
+def _compare(key: str, known: str, value: Array, found: _Sorted, path: str, part: str) -> None:
+    """Two keys of one meaning: the second is left out where it says the same, else a fault."""
+    first = found.replaced.get(path) if part == "whole" else found.parts[path].get(part)
+    if first is not None and first.shape == value.shape and np.array_equal(first, value):
+        found.ignored[key] = f"the same as {known}"
+    else:
+        found.faults.append(f"{key}: a second {part} for {path}, unlike {known}")
+
+
+def _prefix_notes(prefixes: Counter[str]) -> list[str]:
+    odd = {prefix: count for prefix, count in prefixes.items() if prefix != PREFIX}
+    return [
+        f"{count} tensors have "
+        + (f"the prefix {prefix!r}" if prefix else "no prefix")
+        + f" where PEFT writes {PREFIX!r}: PEFT would not load them"
+        for prefix, count in sorted(odd.items())
+    ]
+
+
+# ---------------------------------------------------------------- tensors into factors
+
+
+def _by_path(
+    parts: Mapping[str, Mapping[str, Array]],
+    stated: PeftConfig,
+    faults: list[str],
+    notes: list[str],
+) -> dict[str, dict[str, Array]]:
+    """Return the parts of each update under its own name: a module's path, or a parameter's.
+
+    The updates of several parameters of one module are told apart by `base_layer`, once for each
+    wrapper that lies outside.
     """
-    rank = int(_commonest(pair.rank for pair in adapter.modules.values()))
-    alpha = _commonest(pair.alpha for pair in adapter.modules.values())
-    odd_ranks = {p: m.rank for p, m in adapter.modules.items() if m.rank != rank}
-    odd_alphas = {p: m.alpha for p, m in adapter.modules.items() if m.alpha != alpha}
-    return {
-        "peft_type": "LORA",
-        "task_type": adapter.task_type,
-        "base_model_name_or_path": adapter.base.id,
-        "revision": adapter.base.revision,
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": adapter.dropout,
-        "use_rslora": adapter.variant == "rslora",
-        "rank_pattern": {re.escape(path): value for path, value in odd_ranks.items()},
-        "alpha_pattern": {re.escape(path): value for path, value in odd_alphas.items()},
-        "target_modules": sorted(adapter.modules),
-        "modules_to_save": _saved_modules(adapter) or None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
+    nested: dict[str, dict[int, dict[str, Array]]] = defaultdict(dict)
+    for path, held in parts.items():
+        bare, depth = path, 0
+        while bare.endswith(".base_layer"):
+            bare, depth = bare.removesuffix(".base_layer"), depth + 1
+        nested[bare.replace(".base_layer.", ".")][depth] = dict(held)
+    result = {}
+    for path, depths in nested.items():
+        leaves = sorted(set(stated.leaves(path)), key=_registration)
+        if not leaves:
+            if len(depths) > 1:
+                faults.append(refused("unknown-tensor", path, "nested wrappers"))
+            result[path] = depths[min(depths)]
+            continue
+        if len(leaves) != len(depths):
+            faults.append(
+                f"{path}: target_parameters names {', '.join(leaves)}, the file holds "
+                f"{len(depths)} of them"
+            )
+            continue
+        if len(leaves) > 1 and any(leaf not in _REGISTERED for leaf in leaves):
+            faults.append(refused("expert-order", path, ", ".join(leaves)))
+            continue
+        # The innermost wrapper, which has the most `base_layer` in its name, is the first.
+        for leaf, depth in zip(leaves, sorted(depths, reverse=True), strict=True):
+            result[f"{path}.{leaf}"] = {f"expert_{k}": v for k, v in depths[depth].items()}
+    return result
 
 
-def _dropout(config: Mapping[str, Any], where: str) -> float:
-    """Return the dropout that the config states; raises `InputError` where it is none."""
-    value = config.get("lora_dropout")
+def _lone_halves(parts: Mapping[str, Mapping[str, Array]]) -> list[str]:
+    """Return the pairs of which one half is missing, whatever the config says."""
+    return [
+        f"{path}: {_SPELLED[name]} is missing"
+        for path, held in parts.items()
+        for one, name in (("a", "b"), ("b", "a"), ("embedding_a", "embedding_b"))
+        if one in held and name not in held
+    ]
+
+
+def _registration(leaf: str) -> tuple[int, str]:
+    return (_REGISTERED.index(leaf) if leaf in _REGISTERED else len(_REGISTERED), leaf)
+
+
+def _factors(path: str, parts: Mapping[str, Array], stated: PeftConfig) -> tuple[str, Factors]:
+    """Return the name of what is updated, and its factors; raises `InputError`."""
+    if {"expert_a", "expert_b"} & parts.keys():
+        return _experts(path, parts, stated)
+    embedding = {"embedding_a", "embedding_b"} & parts.keys()
+    names = ("embedding_a", "embedding_b") if embedding else ("a", "b")
+    if missing := [_SPELLED[name] for name in names if name not in parts]:
+        raise InputError(f"{path}: {' and '.join(missing)} is missing")
+    if embedding and {"a", "b"} & parts.keys():
+        raise InputError(f"{path}: holds a pair for an embedding and one for a linear layer")
+    a, b = parts[names[0]], parts[names[1]]
+    of_scale = None
+    if stated.enabled and b.ndim == 3:
+        of_scale, a, b = _unmerged(path, a, b, stated.enabled)
+    elif stated.blocks:
+        a, b = _dense(path, a, b, stated.blocks)
+    rank = int(a.shape[0]) if a.ndim else 0
+    kind = EMBEDDING if embedding else CONV if a.ndim > 2 else LINEAR
+    matrices = kind == LINEAR and a.ndim == b.ndim == 2
+    if matrices and 0 < b.shape[1] < rank and rank % b.shape[1] == 0:
+        raise InputError(refused("merged-linear", path, f"lora_A {a.shape}, lora_B {b.shape}"))
+    if not _is_pair(a, b, kind):
+        raise InputError(f"{path}: lora_A {a.shape} and lora_B {b.shape} do not form a pair")
+    if "adalora" in stated.variant:  # keeps its initial rank in the formula, whatever was pruned
+        of_scale = stated.rank
+    pair = Factors(
+        a=a,
+        b=b,
+        alpha=stated.alpha_of(path),
+        scale=stated.scale_of(path, of_scale or rank),
+        kind=kind,
+        diagonal=_flat(path, parts.get("diagonal"), rank, "lora_diag"),
+        magnitude=_flat(path, parts.get("magnitude"), int(b.shape[0]), "lora_magnitude_vector"),
+        bias=_flat(path, parts.get("bias"), int(b.shape[0]), "lora_B.bias"),
+    )
+    _check_variant(path, pair, stated)
+    return path, pair
+
+
+def _check_variant(path: str, pair: Factors, stated: PeftConfig) -> None:
+    """Raise where the tensors and the config's variant contradict each other."""
+    names = stated.variant.split("+")
+    for present, wanted, tensor, setting in (
+        (pair.magnitude, "dora" in names, "lora_magnitude_vector", "use_dora"),
+        (pair.bias, stated.lora_bias, "lora_B.bias", "lora_bias"),
+        (pair.diagonal, "kasa" in names, "lora_diag", "kasa_config"),
+        (pair.diagonal, "adalora" in names, "lora_E", "peft_type ADALORA"),
+    ):
+        if wanted and present is None:
+            raise InputError(f"{path}: the config says {setting}, the file holds no {tensor}")
+    if pair.magnitude is not None and "dora" not in names:
+        raise InputError(
+            f"{path}: the file holds lora_magnitude_vector, the config says use_dora false"
+        )
+    if pair.diagonal is not None and not {"kasa", "adalora"} & set(names):
+        raise InputError(
+            f"{path}: the file holds a diagonal, the config says neither KaSA nor AdaLoRA"
+        )
+    if pair.bias is not None and not stated.lora_bias:
+        raise InputError(
+            f"{path}: the file holds lora_B.bias, the config says lora_bias false; PEFT would "
+            "leave the bias out. Correct the config, or remove the tensor"
+        )
+
+
+def _experts(path: str, parts: Mapping[str, Array], stated: PeftConfig) -> tuple[str, Factors]:
+    """Return the factors of a parameter that PEFT wraps by itself; `path` is its name."""
+    if missing := {"expert_a", "expert_b"} - parts.keys():
+        raise InputError(f"{path}: {_SPELLED[missing.pop()]} is missing")
+    if extra := parts.keys() - {"expert_a", "expert_b"}:
+        raise InputError(refused("unknown-tensor", path, ", ".join(sorted(extra))))
+    a, b = parts["expert_a"], parts["expert_b"]
+    rank = int(stated.rank_of(path))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] % rank or not a.size:
+        raise InputError(
+            f"{path}: lora_A {a.shape} and lora_B {b.shape} are no pairs of rank {rank} for experts"
+        )
+    count = a.shape[0] // rank
+    if stated.expert_b == "expert-major":
+        b = b.reshape(b.shape[0], count, rank).transpose(1, 0, 2)
+    else:  # the expert's index runs fastest
+        b = b.reshape(b.shape[0], rank, count).transpose(2, 0, 1)
+    scale = stated.scale_of(path, rank)
+    return path, Factors(a.reshape(count, rank, -1), b, stated.alpha_of(path), scale, EXPERTS)
+
+
+def _is_pair(a: Array, b: Array, kind: str) -> bool:
+    if a.ndim < 2 or b.ndim < 2 or 0 in (*a.shape, *b.shape) or a.shape[0] != b.shape[1]:
+        return False
+    if kind == CONV:
+        return a.ndim == b.ndim and a.ndim <= 5 and set(b.shape[2:]) == {1}
+    return a.ndim == b.ndim == 2
+
+
+def _flat(path: str, value: Array | None, length: int, what: str) -> Array | None:
+    """Return a vector that PEFT may have stored with axes of one around it."""
     if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise InputError(f"{where}: lora_dropout is {value!r}; expected 0 <= dropout < 1")
-    return float(value)
+        return None
+    if value.size != length or max(value.shape, default=0) != length:
+        raise InputError(f"{path}: {what} has shape {value.shape}; expected {length} values")
+    return value.reshape(-1)
+
+
+def _unmerged(path: str, a: Array, b: Array, enabled: tuple[bool, ...]) -> tuple[int, Array, Array]:
+    """Return the rank of a MergedLinear (PEFT 0.1 and 0.2, loralib), and its pair as a plain one.
+
+    Its B is a grouped convolution (out of the enabled slices, rank, 1): one group for each slice.
+    """
+    groups = sum(enabled)
+    b = b[..., 0] if b.ndim == 3 and b.shape[2] == 1 else b
+    rank = b.shape[1] if b.ndim == 2 else 0
+    if not groups or not rank or a.ndim != 2 or a.shape[0] != rank * groups or len(b) % groups:
+        raise InputError(f"{path}: lora_A {a.shape} and lora_B {b.shape} do not fit {enabled}")
+    width = len(b) // groups
+    wide = np.zeros((width * len(enabled), rank * groups), b.dtype)
+    for group, place in enumerate(index for index, on in enumerate(enabled) if on):
+        block = b[group * width : (group + 1) * width]
+        wide[place * width : (place + 1) * width, group * rank : (group + 1) * rank] = block
+    return rank, a, wide
+
+
+def _dense(path: str, a: Array, b: Array, blocks: Mapping[str, Any]) -> tuple[Array, Array]:
+    """Return the pair of BD-LoRA with its block-diagonal side written out."""
+    count = int(blocks["nblocks"])
+    sides = [
+        any(name in path for name in blocks.get(f"target_modules_bd_{side}") or ()) for side in "ab"
+    ]
+    if all(sides):
+        raise InputError(f"{path}: named as block-diagonal for both A and B")
+    return (
+        _block_diagonal(path, a, count) if sides[0] else a,
+        _block_diagonal(path, b, count) if sides[1] else b,
+    )
+
+
+def _block_diagonal(path: str, value: Array, count: int) -> Array:
+    if value.ndim != 2 or value.shape[0] % count:
+        raise InputError(f"{path}: {value.shape} cannot be cut into {count} blocks")
+    rows, columns = value.shape[0] // count, value.shape[1]
+    wide = np.zeros((value.shape[0], columns * count), value.dtype)
+    for index in range(count):
+        place = slice(index * rows, (index + 1) * rows)
+        wide[place, index * columns : (index + 1) * columns] = value[place]
+    return wide
+
+
+def _rows(path: str, values: Array, stated: PeftConfig) -> Rows:
+    indices = stated.indices_of(path)
+    if indices is None:
+        raise InputError(f"{path}: the file holds trained rows, the config names none")
+    if values.ndim != 2 or values.shape[0] != len(indices):
+        raise InputError(
+            f"{path}: {values.shape} for the {len(indices)} rows that the config names"
+        )
+    return Rows(indices, values)
+
+
+def _rank_faults(modules: Mapping[str, Factors], stated: PeftConfig, notes: list[str]) -> list[str]:
+    """Hold the ranks of the tensors against the config's; what it does not target gets a note."""
+    faults, strangers = [], Counter[str]()
+    for path, pair in modules.items():
+        if pair.kind == EXPERTS or stated.enabled or "adalora" in stated.variant:
+            continue
+        try:
+            rank = stated.rank_of(path)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        targeted = stated.targets(path) or stated.leaves(path)
+        if rank != pair.rank and targeted:
+            found = f"the config says rank {rank:g}, the tensors have rank {pair.rank}"
+            faults.append(refused("rank-mismatch", path, found))
+        elif not targeted:
+            strangers[
+                f"rank {pair.rank} in the tensors, {rank:g} in the config, scale {pair.scale:g}"
+            ] += 1
+    notes += [
+        f"{count} modules are in the file and not among the config's target_modules (PEFT would "
+        f"leave them out; here the file decides): {ranks}"
+        for ranks, count in sorted(strangers.items())
+    ]
+    return faults
+
+
+# ---------------------------------------------------------------- config against file
+
+
+def _saved_notes(config: Mapping[str, Any], found: _Sorted) -> list[str]:
+    notes = []
+    bias = config.get("bias") or "none"
+    trained = [
+        name
+        for name in found.replaced
+        if name.endswith(".bias") and name.removesuffix("bias") + "weight" not in found.replaced
+    ]
+    if bias != "none" and not trained:
+        notes.append(
+            f"the config says bias={_text(bias)}, but the file holds no bias of an adapted layer: "
+            "if biases were trained, they were lost when it was saved, and the merged model has "
+            "those of the base"
+        )
+    if found.replaced and not config.get("modules_to_save") and bias == "none":
+        notes.append(
+            "the config names no modules_to_save, the file holds "
+            + listed("whole tensors", found.replaced)
+        )
+    return notes
+
+
+def _text(value: object) -> str:
+    return repr(value)[:60]
 
 
 def _promised(config: Mapping[str, Any]) -> Promises:
@@ -168,68 +522,105 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else ()
 
 
+# ---------------------------------------------------------------- writing
+
+
+def config_of(adapter: Adapter) -> dict[str, Any]:
+    """Return the fields of PEFT's `adapter_config.json` that describe `adapter`.
+
+    The commonest rank and alpha become `r` and `lora_alpha`; every other module gets a pattern
+    that matches its path alone, so that no reader's order of patterns matters.
+    """
+    names = set(adapter.variant.split("+"))
+    alphas = {path: _alpha(adapter, path) for path in adapter.modules}
+    rank = int(_commonest(pair.rank for pair in adapter.modules.values()))
+    alpha = _commonest(alphas.values())
+    odd_ranks = {p: m.rank for p, m in adapter.modules.items() if m.rank != rank}
+    odd_alphas = {p: value for p, value in alphas.items() if value != alpha}
+    experts = [path for path, pair in adapter.modules.items() if pair.kind == EXPERTS]
+    biases = any(pair.bias is not None for pair in adapter.modules.values())
+    return {
+        **adapter.fields,
+        "peft_type": "LORA",
+        "task_type": adapter.task_type,
+        "base_model_name_or_path": adapter.base.id,
+        "revision": adapter.base.revision,
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": "rslora" in names,
+        "use_dora": "dora" in names,
+        "lora_bias": biases,
+        "rank_pattern": {re.escape(path): value for path, value in odd_ranks.items()},
+        "alpha_pattern": {re.escape(path): value for path, value in odd_alphas.items()},
+        "target_modules": sorted(adapter.modules.keys() - set(experts)),
+        "target_parameters": sorted(experts) or None,
+        "modules_to_save": _saved_modules(adapter) or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": adapter.fields.get("init_lora_weights", True),
+        "inference_mode": True,
+    }
+
+
+def _alpha(adapter: Adapter, path: str) -> float:
+    """Return the alpha from which a reader computes the scale of the module at `path`."""
+    pair = adapter.modules[path]
+    names = adapter.variant.split("+")
+    plain = "rslora" if "rslora" in names else "lora"
+    if variants.scaling(plain, pair.alpha, pair.rank) == pair.scale:
+        return pair.alpha
+    return pair.scale * (pair.rank**0.5 if plain == "rslora" else pair.rank)
+
+
 def tensors_of(adapter: Adapter) -> dict[str, Array]:
-    """Return the tensors of `adapter` under PEFT's names, sorted."""
+    """Return the tensors of `adapter` under PEFT's names, sorted.
+
+    What AdaLoRA stores as a diagonal is multiplied into B: plain LoRA has no place for it.
+    """
     tensors = {PREFIX + name: value for name, value in adapter.replaced.items()}
+    nesting = _nesting(path for path, pair in adapter.modules.items() if pair.kind == EXPERTS)
     for path, pair in adapter.modules.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = pair.a
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = pair.b
+        if pair.kind == EXPERTS:
+            name = PREFIX + nesting[path]
+            tensors[f"{name}.lora_A.weight"] = pair.a.reshape(-1, pair.a.shape[-1])
+            wide = pair.b.transpose(1, 2, 0)  # the expert's index runs fastest
+            tensors[f"{name}.lora_B.weight"] = wide.reshape(wide.shape[0], -1)
+            continue
+        kasa = "kasa" in adapter.variant.split("+")
+        b = pair.b if pair.diagonal is None or kasa else _times(pair.b, pair.diagonal)
+        first, second = ("lora_embedding_A", "lora_embedding_B"), ("lora_A.weight", "lora_B.weight")
+        names = first if pair.kind == EMBEDDING else second
+        tensors[f"{PREFIX}{path}.{names[0]}"], tensors[f"{PREFIX}{path}.{names[1]}"] = pair.a, b
+        if pair.diagonal is not None and kasa:
+            tensors[f"{PREFIX}{path}.lora_diag"] = pair.diagonal
+        if pair.magnitude is not None:
+            shape = (1, -1) + (1,) * (pair.a.ndim - 2) if pair.kind == CONV else (-1,)
+            name = f"{PREFIX}{path}.lora_magnitude_vector"
+            tensors[name] = pair.magnitude.reshape(shape)
+        if pair.bias is not None:
+            tensors[f"{PREFIX}{path}.lora_B.bias"] = pair.bias
+    for path, rows in adapter.rows.items():
+        tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = rows.values
     return dict(sorted(tensors.items()))
 
 
-def _config_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = [f"{what} is not supported yet" for name, what in _REFUSED.items() if config.get(name)]
-    unknown = config.keys() - _HARMLESS - _REFUSED.keys()
-    faults += [f"config: {n} is set, and not known to this version" for n in unknown if config[n]]
-    if config.get("use_rslora") not in (None, False, True):
-        faults.append(f"config: use_rslora is {config['use_rslora']!r}; expected true or false")
-    faults += [
-        f"config: {name} is {config[name]!r}; expected a text"
-        for name in _TEXTS
-        if not isinstance(config.get(name), str | None)
-    ]
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        faults.append(f"peft_type is {kind!r}; expected 'LORA'")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
-        faults.append(f"init_lora_weights is {init!r}, which changed the base before training")
-    return faults
+def _times(b: Array, diagonal: Array) -> Array:
+    product: Array = b.astype(np.float64) * diagonal.astype(np.float64)
+    return product.astype(b.dtype)
 
 
-def _number_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = []
-    for name in ("r", "lora_alpha"):
-        if not _is_positive(config.get(name)):
-            faults.append(f"config: {name} is {config.get(name)!r}; expected a number above 0")
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
-            faults.append(f"config: {name} is {patterns!r}; expected patterns with numbers above 0")
-        faults += [
-            f"config: {name} holds a bad regular expression {pattern!r}"
-            for pattern in patterns
-            if not _is_expression(str(pattern))
-        ]
-    return faults
-
-
-def _is_expression(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
-
-
-def _is_positive(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
-
-
-def _wide(value: Array) -> Array:
-    """Return `value` as float32, or float64 where it is that; both are exact."""
-    return value if value.dtype == np.float64 else value.astype(np.float32, copy=False)
+def _nesting(names: Iterable[str]) -> dict[str, str]:
+    """Return under which path PEFT stores the update of each parameter."""
+    of_module: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        of_module[name.rpartition(".")[0]].append(name)
+    found = {}
+    for module, group in of_module.items():
+        inner_first = sorted(group, key=lambda name: _registration(name.rpartition(".")[2]))
+        for outside, name in enumerate(reversed(inner_first)):
+            found[name] = module + ".base_layer" * outside
+    return found
 
 
 def _commonest(values: Iterable[float]) -> float:
@@ -246,31 +637,3 @@ def _saved_modules(adapter: Adapter) -> list[str]:
     if adapter.task_type in WITH_HEADS:
         modules = {module.partition(".")[0] for module in modules}
     return sorted(modules)
-
-
-def _pair(path: str, sides: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Return A (rank, in) and B (out, rank), or raise `InputError`."""
-    if missing := {"A", "B"} - sides.keys():
-        raise InputError(f"{path}: lora_{missing.pop()} is missing")
-    a, b = sides["A"], sides["B"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-        raise InputError(f"{path}: lora_A {a.shape} and lora_B {b.shape} do not form a pair")
-    return a, b
-
-
-def _factors(path: str, a: Array, b: Array, config: Mapping[str, Any], variant: str) -> Factors:
-    rank = a.shape[0]
-    stated = _pattern(config, "rank_pattern", path, config.get("r"))
-    if stated != rank:
-        raise InputError(f"{path}: the config says rank {stated}, the tensors have rank {rank}")
-    alpha = float(_pattern(config, "alpha_pattern", path, config.get("lora_alpha")))
-    return Factors(a, b, alpha, variants.load(variant).scaling(alpha, rank))
-
-
-def _pattern(config: Mapping[str, Any], name: str, path: str, default: Any) -> Any:
-    """Return the value that PEFT's patterns give for `path`; refuse where their order decides."""
-    patterns = config.get(name) or {}
-    found = {k: v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)}
-    if len(set(found.values())) > 1:
-        raise InputError(f"{path}: {name} is ambiguous, PEFT's order of {found} decides")
-    return next(iter(found.values()), default)

@@ -4,8 +4,9 @@ The stages (`lora_export.stages`) act and record; the checks judge afterwards, f
 alone. Three commands, each a path through the same stages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from lora_export import (
     checks,
     exporters,
     inputs,
+    merging,
     models,
     publishing,
     registry,
@@ -20,7 +22,9 @@ from lora_export import (
     storage,
     timing,
 )
+from lora_export.errors import InputError
 from lora_export.judging import Say, certify, digests_now, publish_evidence, silent
+from lora_export.opening import Options, open_job
 from lora_export.records import MERGED, REFERENCE, UNMERGED, Certificate, Evidence
 
 MERGED_FOLDER = "merged"
@@ -34,10 +38,10 @@ def run(
     data: str | Path | None = None,
     formats: Sequence[str] = registry.DEFAULT_EXPORTERS,
     overwrite: bool = False,
-    allow_base_mismatch: bool = False,
     seed: int = 0,
     command: str = "lora_export.run",
     say: Say = silent,
+    **options: Any,
 ) -> Certificate:
     """Merge, export, record, time and judge; write it all to `out`, and return the certificate.
 
@@ -48,19 +52,25 @@ def run(
         data: Sentences to compare on (see `inputs.read_texts`); None takes the shipped set.
         formats: Artifact formats.
         overwrite: Replace an existing `out`.
-        allow_base_mismatch: Go on where the base is not the one the adapter was trained on.
         seed: Of the generated inputs and of the order of timing.
         command: What to record as the command that was run.
         say: Called with the name of each stage as it begins.
+        options: Fields of `opening.Options`.
 
     Raises:
         InputError, AdapterMismatch, ExportFailed: nothing is left behind then.
     """
+    wanted = options_of(options)
     out, source = Path(out), Path(data) if data is not None else None
     publishing.check_output(out, overwrite=overwrite, directory=True)
     texts, labels = inputs.read_texts(source)
     say("reading adapter and base")
-    job = stages.open_job(adapter, base, allow_base_mismatch=allow_base_mismatch)
+    job = open_job(adapter, base, wanted)
+    if all(pair.is_zero for pair in job.adapter.modules.values()):
+        raise InputError(
+            f"the adapter {adapter} is untrained: all {len(job.adapter.modules)} low-rank updates "
+            "are zero, so there is nothing to prove"
+        )
     models.tokenizer(job.base)  # a base without one is known before anything is written
     publishing.check_output(out, overwrite=overwrite, directory=True, inputs=job.places(source))
     with timing.all_threads() as threads, publishing.staged(out, overwrite=overwrite) as folder:
@@ -104,21 +114,22 @@ def merge_files(
     *,
     base: str | None = None,
     out: str | Path = MERGED_FOLDER,
-    dtype: str = "keep",
     overwrite: bool = False,
-    allow_base_mismatch: bool = False,
     command: str = "lora_export.merge_files",
     say: Say = silent,
+    **options: Any,
 ) -> Certificate:
     """Merge an adapter into its base as a directory of plain weights, and audit every tensor.
+
+    `options` are fields of `opening.Options`.
 
     Raises:
         InputError, AdapterMismatch: nothing is left behind then.
     """
-    out = Path(out)
+    out, wanted = Path(out), options_of(options)
     publishing.check_output(out, overwrite=overwrite, directory=True)
     say("reading adapter and base")
-    job = stages.open_job(adapter, base, dtype=dtype, allow_base_mismatch=allow_base_mismatch)
+    job = open_job(adapter, base, wanted)
     publishing.check_output(out, overwrite=overwrite, directory=True, inputs=job.places())
     with publishing.staged(out, overwrite=overwrite) as folder:
         say("merging")
@@ -127,11 +138,52 @@ def merge_files(
         evidence = Evidence(
             account=merged.account,
             weights=merged.weights,
-            modules=stages.modules_of(stages.load_merged(folder)),
+            modules=stages.merged_modules(job, folder),
             files=merged.files,
         )
-        threads, settings = torch.get_num_threads(), job.settings(dtype=dtype)
-        return certify(evidence, checks.MERGE, command, job.inputs(), settings, threads)
+        threads = torch.get_num_threads()
+        return certify(evidence, checks.MERGE, command, job.inputs(), job.settings(), threads)
+
+
+def verify_merged(
+    folder: str | Path,
+    adapter: str | Path,
+    *,
+    base: str | None = None,
+    command: str = "lora_export.verify_merged",
+    say: Say = silent,
+    **options: Any,
+) -> Certificate:
+    """Derive the merge of `adapter` into its base again, and hold the files in `folder` against it.
+
+    Nothing is written. `options` are those that the merge was made with.
+
+    Raises:
+        InputError: there is no merged model in `folder`, or adapter or base is damaged.
+        AdapterMismatch: adapter and base do not fit together.
+    """
+    folder = Path(folder)
+    if not (folder / merging.PROVENANCE).is_file():
+        raise InputError(f"{folder} was not written by `lora-export merge`")
+    say("reading adapter and base")
+    job = open_job(adapter, base, options_of(options))
+    say("deriving every tensor again")
+    record, recorded = stages.audit_stage(job, folder), stages.recorded_files(folder)
+    names = {file.name for file in recorded}
+    evidence = Evidence(
+        account=record.account,
+        weights=record.weights,
+        modules=stages.merged_modules(job, folder),
+        files=recorded,
+        files_now=tuple(file for file in record.files if file.name in names),
+    )
+    threads = torch.get_num_threads()
+    return certify(evidence, checks.VERIFY, command, job.inputs(), job.settings(), threads)
+
+
+def options_of(fields: Mapping[str, Any]) -> Options:
+    """Return the options in `fields`; raises `TypeError` for an unknown one."""
+    return Options(**fields)
 
 
 def export_file(

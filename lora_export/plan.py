@@ -1,38 +1,82 @@
 """Adapter x Checkpoint -> MergePlan: what will become of every tensor on both sides.
 
-All faults are found here and listed at once, before anything is written.
+All faults are found here and listed at once, before anything is written. No torch, no model: what
+has to be known of the model stands in an `Architecture`.
 """
 
-from collections.abc import Mapping
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
+from lora_export import peft_config
+from lora_export.architecture import (
+    CONV1D,
+    OTHER,
+    Architecture,
+    Box,
+    Layer,
+    Link,
+    Span,
+    stack,
+    tensor_of,
+)
 from lora_export.config import matches, nearest
 from lora_export.errors import AdapterMismatch, InputError, listed
-from lora_export.lora import LoraConv1D, layer_class
-from lora_export.records import Adapter
-from lora_export.storage import Checkpoint, TensorInfo, fingerprint
+from lora_export.records import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Array, Factors, is_float
+from lora_export.refusals import refused
+from lora_export.storage import Checkpoint, TensorInfo, dtype_name, fingerprint
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-# What old checkpoints call the parameters of a layer norm; transformers renames them on loading.
-_LEGACY = {".gamma": ".weight", ".beta": ".bias"}
-
 COPY, MERGE, PLACE = "copy", "merge", "place"
+_CHANGED = ("pissa", "olora", "kasa")  # variants whose training began by changing the base
+WEIGHT, BIAS, ROWS = "weight", "bias", "rows"
+TIED = ("error", "untie", "both")
+LAYOUTS = ("out-in", "in-out")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a caller decides where adapter and base leave it open."""
+
+    dtype: str | None = None  # safetensors' name of the output's float dtype; None keeps each
+    tied: str = "error"
+    residual_base: bool = False  # the base is already the residual that training began with
+    expert_layout: str | None = None
+    allow_base_mismatch: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One update, or a piece of it, and the region of a tensor that it changes. None means all."""
+
+    module: str  # in the adapter
+    what: str = WEIGHT  # WEIGHT, BIAS or ROWS
+    transposed: bool = False  # the region is stored as (in, out)
+    experts: Span | None = None  # of the update
+    outs: Span | None = None
+    ins: Span | None = None
+    box: Box | None = None  # the region, with the tensor seen as (experts, rows, columns)
 
 
 @dataclass(frozen=True)
 class Step:
     """How one tensor of the output comes about."""
 
-    operation: str  # COPY base bytes, MERGE an update into them, or PLACE the adapter's own tensor
+    operation: str  # COPY base bytes, MERGE updates into them, or PLACE the adapter's own tensor
     name: str  # in the output
     shard: str
     dtype: str  # of the output, safetensors' name
     shape: tuple[int, ...]
     source: str | None = None  # name in the base
-    module: str | None = None  # for MERGE: module path in the adapter
-    transposed: bool = False  # for MERGE: the weight is stored as (in, out)
+    placed: str | None = None  # name among the adapter's own tensors
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The adapter's modules whose updates are merged here."""
+        return tuple(dict.fromkeys(part.module for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -42,6 +86,8 @@ class MergePlan:
     architecture: str
     steps: tuple[Step, ...]
     dropped: Mapping[str, str]  # base tensors that do not go into the output, and why
+    ignored: Mapping[str, str]  # adapter tensors that do not, and why
+    variant: str  # that is merged: the adapter's, less what the base already went through
     notes: tuple[str, ...]
 
     def of(self, operation: str) -> tuple[Step, ...]:
@@ -52,175 +98,625 @@ class MergePlan:
 def plan(
     adapter: Adapter,
     checkpoint: Checkpoint,
-    model: nn.Module,
-    *,
-    dtype: str | None = None,
-    allow_base_mismatch: bool = False,
+    architecture: Architecture,
+    choices: Choices | None = None,
 ) -> MergePlan:
     """Return the plan that merges `adapter` into `checkpoint`.
 
     Args:
         adapter: What to merge.
         checkpoint: The base.
-        model: The adapter's architecture, without weights (meta device): it says which tensors
-            the output needs, and which layers store their weight transposed.
-        dtype: safetensors' name of the output's float dtype; None keeps each tensor's own.
-        allow_base_mismatch: Go on where the base is not the one that the adapter was trained on.
+        architecture: Which tensors the output needs, and where they lie in the checkpoint.
+        choices: What the caller decides.
 
     Raises:
         AdapterMismatch: with every fault: an adapter tensor without a target, a target of another
             shape, a needed tensor that neither side has, a base with another fingerprint.
     """
-    wanted = _tensor_groups(model)
-    sources = _sources(checkpoint, model, wanted)
-    faults = [
-        *_module_faults(adapter, checkpoint, model, sources, wanted),
-        *_replaced_faults(adapter, model, wanted),
-        *_missing(adapter, sources, wanted),
-        *_broken_promises(adapter, model),
-        *(f"{n}: the base holds an unmerged adapter" for n in checkpoint.tensors if "lora_" in n),
+    maker = _Planner(adapter, checkpoint, architecture, choices or Choices())
+    return maker.plan()
+
+
+class _Planner:
+    """The work of `plan`, step by step; faults and notes gather on the way."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        choices: Choices,
+    ) -> None:
+        self.adapter, self.checkpoint = adapter, checkpoint
+        self.architecture, self.choices = architecture, choices
+        self.faults: list[str] = []
+        self.notes: list[str] = []
+        # By name in the base and the model's tensor that it is read as.
+        self.parts: dict[tuple[str, str], list[Part]] = defaultdict(list)
+        self.links: dict[str, list[Link]] = defaultdict(list)
+        for link in architecture.links:
+            self.links[link.stored].append(link)
+        self.renamed: dict[str, str] = {}
+        self.ignored = dict(adapter.ignored)
+        self.placed: dict[str, str] = {}  # the model's tensor -> the adapter's own
+        self.onto: dict[str, list[Part]] = defaultdict(list)  # by the adapter's own tensor
+
+    def plan(self) -> MergePlan:
+        for name in self.adapter.replaced:
+            self._place(name)
+        for path, pair in self.adapter.modules.items():
+            self._merge(path, pair)
+        for path in self.adapter.rows:
+            self._rows(path)
+        init = self.adapter.fields.get("init_lora_weights")
+        if peft_config.is_residual(self.adapter.fields) and not self.choices.residual_base:
+            self.faults.append(refused("residual-base", found=f"init_lora_weights {init}"))
+        self.faults += [
+            *self._overlaps(),
+            *self._missing(),
+            *self._misshapen(),
+            *self._broken_promises(),
+            *(f"{n}: the base holds an unmerged adapter" for n in self._adapters_in_base()),
+        ]
+        if self.faults:
+            root = self.checkpoint.root.name
+            raise AdapterMismatch(listed(f"the adapter does not fit the base {root}", self.faults))
+        self.notes += self._base_notes()
+        self.notes += _check_fingerprint(
+            self.adapter, self.checkpoint, self._whole(), allow=self.choices.allow_base_mismatch
+        )
+        steps = self._steps()
+        return MergePlan(
+            self.architecture.name,
+            steps,
+            self._dropped(steps),
+            self.ignored,
+            self._variant(),
+            tuple(self.notes),
+        )
+
+    def _variant(self) -> str:
+        """Return the variant to merge: a residual base went through its first part already."""
+        names = self.adapter.variant.split("+")
+        done = _CHANGED if self.choices.residual_base else ()
+        return "+".join(name for name in names if name not in done)
+
+    # ------------------------------------------------------------ where each update lands
+
+    def _links(self, name: str) -> tuple[Link, ...]:
+        """Return where the adapter's tensor `name` lies in the model; without one, a fault."""
+        links = self.architecture.names.get(name, ())
+        if not links:
+            known = self.architecture.shapes
+            self.faults.append(f"{name}: no such tensor (near: {nearest(name, known)})")
+        elif links[0].tensor != name:
+            self.renamed[name] = links[0].tensor
+        return links
+
+    def _place(self, name: str) -> None:
+        """Have the adapter's own tensor `name` stored in place of the base's."""
+        links = self._links(name)
+        if not links:
+            return
+        if len(links) > 1 or links[0].box or links[0].offset or links[0].swapped:
+            self.faults.append(refused("conversion", name))
+            return
+        tensor, value = links[0].tensor, self.adapter.replaced[name]
+        needed = self.architecture.shapes[tensor]
+        if needed != value.shape:
+            self.faults.append(f"{name}: adapter has shape {value.shape}, the model {needed}")
+        others = self.architecture.tied(tensor) - {tensor}
+        twins = [o for o in others if o in self.adapter.replaced]
+        same = all(_equal(self.adapter.replaced[o], value) for o in twins)
+        if others and not (same and len(twins) == len(others)) and self.choices.tied != "both":
+            self.faults.append(refused("tied", name, f"shared with {', '.join(sorted(others))}"))
+        if not any(other in self.placed for other in others):
+            self.placed[tensor] = name
+
+    def _merge(self, path: str, pair: Factors) -> None:
+        """Have the update of the module at `path` added where it lies."""
+        name = tensor_of(path, pair.kind)
+        links = self._links(name)
+        if not links:
+            return
+        tensor = links[0].tensor
+        module = tensor.rpartition(".")[0]
+        layer = self.architecture.layers.get(module, Layer(OTHER))
+        faults = self._layer_faults(path, pair, layer, links)
+        others = self.architecture.tied(tensor) - {tensor}
+        if twin := self._twin(path, pair, others):
+            self.ignored[path] = f"the same update as that of {twin}, whose weight is tied to it"
+            return
+        if others and not self._both_sides(path, pair, others):
+            shared = f"shared with {', '.join(sorted(others))}"
+            faults.append(refused("tied", path, shared))
+        what = self.architecture.unfollowed.get(tensor)
+        as_stored = name in self.checkpoint.tensors and name not in self.architecture.shapes
+        if what and not as_stored:
+            faults.append(refused("conversion", path, what))
+        if faults:
+            self.faults += faults
+            return
+        transposed = self._is_transposed(path, pair, layer, links)
+        if transposed is not None:
+            self._lay(path, pair, links, transposed)
+        if pair.bias is not None:
+            self._bias(path)
+
+    def _twin(self, path: str, pair: Factors, others: frozenset[str]) -> str | None:
+        """Return an earlier module with the same update of a weight that is tied to this one's."""
+        for other, known in self.adapter.modules.items():
+            if other == path:
+                return None
+            links = self._known(tensor_of(other, known.kind))
+            if links and links[0].tensor in others and _same_update(pair, known):
+                return other
+        return None
+
+    def _both_sides(self, path: str, pair: Factors, others: frozenset[str]) -> bool:
+        """Return whether every tensor that is tied to the one of `path` is to move with it."""
+        held = {
+            links[0].tensor
+            for other, known in self.adapter.modules.items()
+            if (links := self._known(tensor_of(other, known.kind))) and _same_update(pair, known)
+        }
+        return self.choices.tied == "both" or others <= held
+
+    def _layer_faults(
+        self, path: str, pair: Factors, layer: Layer, links: tuple[Link, ...]
+    ) -> list[str]:
+        """Return why the layer at `path` cannot take the update."""
+        if layer.refusal:
+            return [refused(layer.refusal, path, layer.found)]
+        names = set(self.adapter.variant.split("+"))
+        whole = all(link.box is None and link.offset is None for link in links)
+        if pair.kind == EXPERTS:
+            return []
+        takes = {
+            LINEAR: (LINEAR, CONV1D, EMBEDDING) if pair.is_plain else (LINEAR, CONV1D),
+            EMBEDDING: (EMBEDDING,),
+            CONV: (CONV,),
+        }[pair.kind]
+        if whole and layer.kind not in takes:
+            known = [p for p, known in self.architecture.layers.items() if known.kind in takes]
+            found = layer.found or layer.kind
+            near = f"no {pair.kind} layer but {found}; near: {nearest(path, known)}"
+            return [refused("layer-kind", path, near)]
+        faults = []
+        if layer.kind == CONV1D and {"olora", "kasa"} & names:
+            faults.append(refused("layer-kind", path, f"{self.adapter.variant} on HF Conv1D"))
+        if not whole and names & {*_CHANGED} and not self.choices.residual_base:
+            faults.append(refused("layer-kind", path, f"{self.adapter.variant} on a fused weight"))
+        return faults
+
+    def _is_transposed(
+        self, path: str, pair: Factors, layer: Layer, links: tuple[Link, ...]
+    ) -> bool | None:
+        """Return whether the model's tensor is stored as (in, out); a misfit is a fault."""
+        a, b = pair.matrices()
+        count, outs, ins = len(a), b.shape[1], a.shape[2]
+        shape = self.architecture.shapes[links[0].tensor]
+        if pair.kind == EXPERTS:
+            experts, rows, columns = stack(shape)
+            straight, flipped = (rows, columns) == (outs, ins), (rows, columns) == (ins, outs)
+            if experts != count or not (straight or flipped):
+                self.faults.append(
+                    f"{path}: adapter is for (experts, out, in) {(count, outs, ins)}, "
+                    f"the base has {shape}"
+                )
+                return None
+            if len(shape) == 2 or straight != flipped:
+                return not straight
+            return self._expert_layout(path, layer)
+        transposed = layer.kind in (CONV1D, EMBEDDING)
+        box = links[0].box
+        rows, columns = (
+            stack(shape, pair.kind)[1:] if box is None else (_length(box[1]), _length(box[2]))
+        )
+        if links[0].swapped:
+            rows, columns = columns, rows
+        if links[0].offset is not None:
+            rows = sum(_length(link.offset[1]) for link in links if link.offset)
+        found = (columns, rows) if transposed else (rows, columns)
+        kernel = pair.a.shape[1:] if pair.kind == CONV else None
+        if found != (outs, ins) or (kernel is not None and kernel != shape[1:]):
+            have = (outs, *kernel) if kernel else (outs, ins)
+            stored = shape if kernel else found
+            self.faults.append(f"{path}: adapter is for (out, in) {have}, the base has {stored}")
+            return None
+        return transposed
+
+    def _expert_layout(self, path: str, layer: Layer) -> bool | None:
+        """Return whether square experts are stored as (in, out), or note the fault."""
+        if self.choices.expert_layout:
+            return self.choices.expert_layout == "in-out"
+        version = _version(str(self.adapter.fields.get("peft_version") or ""))
+        if version is None:
+            self.faults.append(refused("expert-layout", path, "no peft_version"))
+            return None
+        # Up to 0.18 PEFT took every parameter as (experts, in, out); 0.19.0 had the two swapped.
+        in_first = version < (0, 19, 0) or (layer.out_first is False) != (version == (0, 19, 0))
+        order = "in-out" if in_first else "out-in"
+        self.notes.append(
+            f"{path}: square experts read as {order}, as PEFT {'.'.join(map(str, version))} does"
+        )
+        return in_first
+
+    def _lay(self, path: str, pair: Factors, links: tuple[Link, ...], transposed: bool) -> None:
+        """Cut the update of `path` into parts, one for each stored tensor that it reaches."""
+        covered = 0
+        for link in links:
+            tensor = link.tensor
+            if (own := self._own(tensor)) is not None:
+                self.onto[own].append(Part(path, transposed=transposed != link.swapped))
+                covered += math.prod(self.architecture.shapes[tensor])
+                continue
+            for target in self.architecture.stored_for(tensor):
+                size = stack(self.architecture.shapes[tensor], pair.kind)
+                part, count = _part(path, link, target, size, transposed)
+                info = self.checkpoint.tensors[target.stored]
+                if part is None:
+                    continue
+                covered += count
+                if info.dtype not in FLOATS:
+                    message = f"a weight of dtype {info.dtype}"
+                    self.faults.append(refused("quantised-base", path, message))
+                if pair.magnitude is not None and part.ins is not None:
+                    self.faults.append(refused("layer-kind", path, "DoRA on part of the rows"))
+                self.parts[target.stored, target.tensor].append(part)
+        a, b = pair.matrices()
+        expected = len(a) * b.shape[1] * a.shape[2]
+        if covered != expected:
+            self.faults.append(
+                f"{path}: the base holds {covered} of the {expected} weights that it updates"
+            )
+
+    def _own(self, tensor: str) -> str | None:
+        """Return the adapter's own tensor that is stored as `tensor`, if any."""
+        return next(
+            (self.placed[n] for n in sorted(self.architecture.tied(tensor)) if n in self.placed),
+            None,
+        )
+
+    def _bias(self, path: str) -> None:
+        name = f"{path}.bias"
+        links = self.architecture.names.get(name, ())
+        pair = self.adapter.modules[path]
+        if not links:
+            self.faults.append(refused("no-bias", path))
+            return
+        part = Part(path, BIAS)
+        if (own := self._own(links[0].tensor)) is not None:
+            self.onto[own].append(part)
+            return
+        for target in self.architecture.stored_for(links[0].tensor):
+            info = self.checkpoint.tensors[target.stored]
+            if target.box or target.offset or links[0].box or links[0].offset:
+                self.faults.append(refused("conversion", name))
+            elif pair.bias is None or info.shape != pair.bias.shape:
+                self.faults.append(f"{name}: the base has shape {info.shape}")
+            elif info.dtype not in FLOATS:
+                self.faults.append(refused("quantised-base", name, f"dtype {info.dtype}"))
+            self.parts[target.stored, target.tensor].append(part)
+
+    def _rows(self, path: str) -> None:
+        """Have trained rows stored in place of the base's; tied weights share them, as in PEFT."""
+        links = self._links(f"{path}.weight")
+        if not links:
+            return
+        rows, shape = self.adapter.rows[path], self.architecture.shapes[links[0].tensor]
+        if len(shape) != 2 or shape[1] != rows.values.shape[1]:
+            self.faults.append(f"{path}: rows {rows.values.shape}, the base has {shape}")
+        elif max(rows.indices) >= shape[0]:
+            self.faults.append(f"{path}: row {max(rows.indices)} of {shape[0]}")
+        elif len(set(rows.indices)) != len(rows.indices):
+            self.faults.append(f"{path}: the config names a row twice")
+        part = Part(path, ROWS)
+        if (own := self._own(links[0].tensor)) is not None:
+            self.onto[own].append(part)
+            return
+        for target in self.architecture.stored_for(links[0].tensor):
+            if target.box or target.offset or target.swapped:
+                self.faults.append(refused("conversion", path))
+            if self.parts.get((target.stored, target.tensor)):
+                self.faults.append(refused("layer-kind", path, "rows and an update of one weight"))
+            if self.checkpoint.tensors[target.stored].dtype not in FLOATS:
+                self.faults.append(refused("quantised-base", path))
+            self.parts[target.stored, target.tensor].append(part)
+
+    # ------------------------------------------------------------ what does not fit
+
+    def _overlaps(self) -> list[str]:
+        """Return the tensors of which two updates change the same region."""
+        faults = []
+        for (name, _), parts in self.parts.items():
+            regions = [part for part in parts if part.what == WEIGHT]
+            for index, one in enumerate(regions):
+                for other in regions[index + 1 :]:
+                    if one.box is None or other.box is None or _common(one.box, other.box):
+                        modules = f"{one.module} and {other.module}"
+                        faults.append(f"{name}: is changed by {modules} at once")
+        return faults
+
+    def _missing(self) -> list[str]:
+        have = self.placed.keys() | {link.tensor for link in self.architecture.links}
+        return [
+            f"{name}: neither the base nor the adapter has it"
+            for name in self.architecture.shapes
+            if not self.architecture.tied(name) & have
+        ]
+
+    def _misshapen(self) -> list[str]:
+        """Return the base's tensors that do not have the shape that the model needs."""
+        faults = []
+        for link in self.architecture.links:
+            whole = link.box is None and link.offset is None and not link.swapped
+            if not whole or link.tensor in self.architecture.unfollowed or self._own(link.tensor):
+                continue
+            stored = self.checkpoint.tensors[link.stored].shape
+            needed = self.architecture.shapes[link.tensor]
+            if stored != needed:
+                faults.append(f"{link.tensor}: the base has shape {stored}, the model {needed}")
+        return faults
+
+    def _adapters_in_base(self) -> list[str]:
+        return [name for name in self.checkpoint.tensors if re.search(r"\blora_", name)]
+
+    def _broken_promises(self) -> list[str]:
+        """Return what the config says was trained and the file lost: a head, a layer in full."""
+        promises, layers = self.adapter.promises, self.architecture.layers
+        held = {x[0].tensor for n in self.adapter.replaced if (x := self._known(n))}
+        pairs = [tensor_of(path, pair.kind) for path, pair in self.adapter.modules.items()]
+        adapted = {x[0].tensor for name in pairs if (x := self._known(name))}
+        heads = [
+            path
+            for path in _owners(self.architecture.shapes)
+            if any(matches(name, path) for name in promises.saved)
+            and not any(tensor.startswith(path + ".") for tensor in held)
+        ]
+        lost = [
+            name
+            for name in promises.adapted
+            if "." in name
+            and layers.get(name, Layer(OTHER)).kind != OTHER
+            and f"{name}.weight" not in adapted
+        ]
+        if unadapted := [
+            path
+            for path, layer in layers.items()
+            if layer.kind in (LINEAR, CONV1D)
+            and not {f"{path}.weight"} & (adapted | held)
+            and any(path == name or path.endswith("." + name) for name in promises.adapted)
+        ]:
+            title = "the config targets these modules, the file has no pair for them"
+            self.notes.append(listed(title, unadapted))
+        return [
+            *(f"{path}: trained whole by the config, absent from the file" for path in heads),
+            *(f"{path}: adapted by the config, absent from the file" for path in lost),
+        ]
+
+    def _known(self, name: str) -> tuple[Link, ...]:
+        return self.architecture.names.get(name, ())
+
+    # ------------------------------------------------------------ what comes out
+
+    def _base_notes(self) -> list[str]:
+        notes = []
+        if self.renamed:
+            one, other = next(iter(sorted(self.renamed.items())))
+            notes.append(
+                f"{len(self.renamed)} of the adapter's tensors are called otherwise in this "
+                f"architecture, for instance {one} is {other}"
+            )
+        if all(pair.is_zero for pair in self.adapter.modules.values()):
+            notes.append(
+                "the adapter is untrained: all its low-rank updates are zero, and the weights that "
+                "they are for stay as they are"
+            )
+        elif idle := [path for path, pair in self.adapter.modules.items() if pair.is_zero]:
+            count = f"{len(idle)} of {len(self.adapter.modules)} modules are untrained"
+            notes.append(listed(f"{count}, their updates are zero", idle))
+        kinds = {layer.kind for layer in map(self._layer_of, self.adapter.modules)}
+        if self.adapter.fields.get("fan_in_fan_out") and CONV1D not in kinds:
+            notes.append(
+                "the config says fan_in_fan_out, and no adapted layer is stored so: the layers "
+                "decide"
+            )
+        if strangers := self._strangers():
+            notes.append(listed("the config targets what neither file nor model has", strangers))
+        if self.choices.residual_base:
+            notes.append("the base is taken as the residual that training began with")
+        elif recomputed := {*self.adapter.variant.split("+")} & {*_CHANGED}:
+            notes.append(
+                f"{', '.join(sorted(recomputed))}: what training took out of the base was computed "
+                "again from this base, in float64, and taken out"
+            )
+        return notes
+
+    def _layer_of(self, path: str) -> Layer:
+        links = self._known(tensor_of(path, self.adapter.modules[path].kind))
+        module = links[0].tensor.rpartition(".")[0] if links else path
+        return self.architecture.layers.get(module, Layer(OTHER))
+
+    def _strangers(self) -> list[str]:
+        """Return the names among the config's targets that no module has."""
+        paths = self.architecture.layers.keys() | self.adapter.modules.keys()
+        ends = {path.rpartition(".")[2] for path in paths}
+        return [
+            name for name in self.adapter.promises.adapted if name.rpartition(".")[2] not in ends
+        ]
+
+    def _whole(self) -> dict[str, TensorInfo]:
+        """Return the stored weight behind every adapted module that is stored whole."""
+        found = {}
+        for path in self.adapter.modules:
+            name = f"{path}.weight"
+            links = self._known(name)
+            stored = self.architecture.stored_for(links[0].tensor) if links else []
+            if stored:
+                found[name] = self.checkpoint.tensors[stored[0].stored]
+        return found
+
+    def _steps(self) -> tuple[Step, ...]:
+        shards = {name: index for index, name in enumerate(self.checkpoint.shards)}
+        order = sorted(
+            self.checkpoint.tensors.values(), key=lambda t: (shards[t.file.name], t.start)
+        )
+        steps = [step for info in order for step in self._steps_of(info)]
+        floats = [step.dtype for step in steps if step.operation == MERGE]
+        floats += [step.dtype for step in steps if step.dtype in FLOATS]
+        if not floats:
+            raise InputError("the base holds no floats at all")
+        last = self.checkpoint.shards[-1]
+        done = {step.placed for step in steps}
+        steps += [
+            self._placing(tensor, name, last, floats[0])
+            for tensor, name in self.placed.items()
+            if name not in done
+        ]
+        return tuple(steps)
+
+    def _steps_of(self, info: TensorInfo) -> list[Step]:
+        """Return the steps that the base's tensor leads to: none, one, or one for each copy."""
+        dtype = self.choices.dtype if self.choices.dtype and info.dtype in FLOATS else info.dtype
+        steps = []
+        for name, (own, parts) in self._outputs(info).items():
+            if own is not None:
+                steps.append(self._placing(name, own, info.file.name, dtype))
+                continue
+            operation = MERGE if parts else COPY
+            source = info.name
+            steps.append(
+                Step(operation, name, info.file.name, dtype, info.shape, source, parts=parts)
+            )
+        return steps
+
+    def _outputs(self, info: TensorInfo) -> dict[str, tuple[str | None, tuple[Part, ...]]]:
+        """Return under which names the base's tensor goes into the output, and what changes there.
+
+        A name comes with the adapter's own tensor that takes its place, or with the updates.
+        """
+        found: dict[str, tuple[str | None, tuple[Part, ...]]] = {}
+        for link in self.links[info.name]:
+            whole = link.box is None and link.offset is None
+            own = self._own(link.tensor) if whole else None
+            name = self.architecture.output_names.get((info.name, link.tensor), info.name)
+            parts = self.parts.get((info.name, link.tensor), ())
+            found[name] = (own, (*found.get(name, (None, ()))[1], *parts))
+        return found
+
+    def _placing(self, tensor: str, name: str, shard: str, dtype: str) -> Step:
+        value = self.adapter.replaced[name]
+        kept = dtype if is_float(value) else dtype_name(value)
+        parts = tuple(self.onto.get(name, ()))
+        return Step(PLACE, tensor, shard, kept, value.shape, None, name, parts)
+
+    def _dropped(self, steps: Iterable[Step]) -> dict[str, str]:
+        used = {step.source for step in steps}
+        kind = self.architecture.name
+        return {
+            name: "replaced by the adapter's own tensor"
+            if name in self.links
+            else f"not a tensor of {kind}"
+            for name in self.checkpoint.tensors
+            if name not in used
+        }
+
+
+# ---------------------------------------------------------------- regions
+
+
+def _length(span: Span) -> int:
+    return span[1] - span[0]
+
+
+def _common(one: Box, other: Box) -> Box | None:
+    """Return the region that two regions share, or None."""
+    spans = [(max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(one, other, strict=True)]
+    return None if any(start >= stop for start, stop in spans) else (spans[0], spans[1], spans[2])
+
+
+def _local(region: Box, link: Link, start: Box) -> Box:
+    """Return a region of the model's tensor as one of the tensor at the other end of `link`."""
+    origin = link.offset or ((0, 0), (0, 0), (0, 0))
+    spans = [
+        (r[0] - s[0] + o[0], r[1] - s[0] + o[0])
+        for r, s, o in zip(region, start, origin, strict=True)
     ]
-    if faults:
-        raise AdapterMismatch(
-            listed(f"the adapter does not fit the base {checkpoint.root.name}", faults)
-        )
-    notes = _check_fingerprint(adapter, checkpoint, sources, allow=allow_base_mismatch)
-    if absent := _unadapted(adapter, model):
-        notes += (
-            listed("the config targets these modules, the file has no pair for them", absent),
-        )
-    steps = _steps(adapter, checkpoint, model, sources, dtype)
-    used = {step.source for step in steps}
-    kind = type(model).__name__
-    dropped = {
-        name: f"not a tensor of {kind}" for name in checkpoint.tensors if name not in used
-    } | {
-        source: "replaced by the adapter's own tensor"
-        for name, source in sources.items()
-        if name in adapter.replaced
-    }
-    return MergePlan(kind, steps, dropped, notes)
+    return (spans[0], spans[2], spans[1]) if link.swapped else (spans[0], spans[1], spans[2])
 
 
-def _tensor_groups(model: nn.Module) -> dict[str, frozenset[str]]:
-    """Return, for each tensor name of the model, the names that share its storage (tied ones)."""
-    by_identity: dict[int, set[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        by_identity.setdefault(id(value), set()).add(name)
-    return {name: frozenset(group) for group in by_identity.values() for name in group}
+def _part(
+    path: str, update: Link, target: Link, size: tuple[int, int, int], transposed: bool
+) -> tuple[Part | None, int]:
+    """Return the piece of the update at `path` that lands in the stored tensor, and its size.
+
+    `update` and `target` tie the two to the same tensor of the model, which has `size`;
+    `transposed` tells that the update's own end is stored as (in, out).
+    """
+    full: Box = ((0, size[0]), (0, size[1]), (0, size[2]))
+    swapped = transposed != (update.swapped != target.swapped)
+    plain = update.box is None and update.offset is None
+    if plain and target.box is None and target.offset is None:
+        return Part(path, transposed=swapped), math.prod(size)
+    region = _common(update.box or full, target.box or full)
+    if region is None:
+        return None, 0
+    mine = _local(region, update, update.box or full)
+    theirs = _local(region, target, target.box or full)
+    outs, ins = (mine[2], mine[1]) if transposed else (mine[1], mine[2])
+    own = update.box or full
+    whole = _length(own[1 if update.swapped == transposed else 2])
+    count = math.prod(map(_length, region))
+    all_ins = _length(ins) == whole
+    part = Part(path, WEIGHT, swapped, mine[0], outs, None if all_ins else ins, theirs)
+    return part, count
 
 
-def _sources(
-    checkpoint: Checkpoint, model: nn.Module, wanted: Mapping[str, frozenset[str]]
-) -> dict[str, str]:
-    """Return the base tensor behind each tensor name of the model, as transformers resolves it."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        modern = name
-        for old, new in _LEGACY.items():
-            modern = modern.removesuffix(old) + new if modern.endswith(old) else modern
-        for candidate in (name, prefix + name, name.removeprefix(prefix), modern, prefix + modern):
-            if candidate in wanted:
-                found.setdefault(candidate, name)
-                break
+def _owners(tensors: Iterable[str]) -> set[str]:
+    """Return the paths of all modules that hold a tensor, themselves or further inside."""
+    found: set[str] = set()
+    for name in tensors:
+        while name := name.rpartition(".")[0]:
+            found.add(name)
     return found
 
 
-def _module_faults(
-    adapter: Adapter,
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    sources: Mapping[str, str],
-    wanted: Mapping[str, frozenset[str]],
-) -> list[str]:
-    modules = dict(model.named_modules())
-    linear = [path for path, module in modules.items() if layer_class(module)]
-    faults = []
-    for path, pair in adapter.modules.items():
-        weight = f"{path}.weight"
-        if path not in modules or not layer_class(modules[path]):
-            faults.append(f"{path}: no linear module (near: {nearest(path, linear)})")
-        elif len(wanted[weight]) > 1:
-            others = ", ".join(sorted(wanted[weight] - {weight}))
-            faults.append(f"{path}: its weight is shared with {others}")
-        elif weight in sources:
-            info = checkpoint.tensors[sources[weight]]
-            expected = (pair.b.shape[0], pair.a.shape[1])
-            stored = info.shape[::-1] if _is_transposed(model, path) else info.shape
-            if stored != expected:
-                faults.append(f"{path}: adapter is for (out, in) {expected}, the base has {stored}")
-            if info.dtype not in FLOATS:
-                faults.append(f"{path}: cannot merge into a weight of dtype {info.dtype}")
-    return faults
+def _same_update(one: Factors, other: Factors) -> bool:
+    """Return whether two modules carry one update: as it is, or as its transpose.
+
+    PEFT shares the factors of tied embeddings: lora_A of the one is lora_B of the other, turned.
+    """
+    if one is other:
+        return True
+    extras = (one.magnitude, other.magnitude, one.diagonal, other.diagonal, one.bias, other.bias)
+    if one.scale != other.scale or any(extra is not None for extra in extras):
+        return False
+    if one.kind == other.kind:
+        return _equal(one.a, other.a) and _equal(one.b, other.b)
+    plain = {one.kind, other.kind} == {LINEAR, EMBEDDING}
+    return plain and _equal(one.a, other.b.T) and _equal(one.b, other.a.T)
 
 
-def _replaced_faults(
-    adapter: Adapter, model: nn.Module, wanted: Mapping[str, frozenset[str]]
-) -> list[str]:
-    state = model.state_dict()
-    faults = []
-    for name, value in adapter.replaced.items():
-        if len(wanted.get(name, ())) > 1:
-            others = ", ".join(sorted(wanted[name] - {name}))
-            faults.append(f"{name}: is shared with {others}, which the adapter does not replace")
-        elif name not in wanted:
-            faults.append(f"{name}: no such tensor (near: {nearest(name, wanted)})")
-        elif tuple(state[name].shape) != value.shape:
-            faults.append(
-                f"{name}: adapter has shape {value.shape}, the model {tuple(state[name].shape)}"
-            )
-    return faults
+def _equal(one: Array, other: Array) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
 
 
-def _missing(
-    adapter: Adapter, sources: Mapping[str, str], wanted: Mapping[str, frozenset[str]]
-) -> list[str]:
-    have = sources.keys() | adapter.replaced.keys()
-    return [
-        f"{name}: neither the base nor the adapter has it"
-        for name, group in wanted.items()
-        if not group & have
-    ]
+def _version(text: str) -> tuple[int, int, int] | None:
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
-def _broken_promises(adapter: Adapter, model: nn.Module) -> list[str]:
-    """Return what the config says was trained and the file lost: a head, a layer named in full."""
-    paths = dict(model.named_modules())
-    heads = [
-        path
-        for path, module in paths.items()
-        if any(matches(name, path) for name in adapter.promises.saved)
-        and any(True for _ in module.parameters())
-        and not any(tensor.startswith(path + ".") for tensor in adapter.replaced)
-    ]
-    layers = [n for n in adapter.promises.adapted if n in paths and n not in adapter.modules]
-    return [
-        *(f"{path}: trained whole by the config, absent from the file" for path in heads),
-        *(f"{path}: adapted by the config, absent from the file" for path in layers if "." in path),
-    ]
-
-
-def _unadapted(adapter: Adapter, model: nn.Module) -> list[str]:
-    """Return the linear modules that the config's targets match and the file has no pair for."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if layer_class(module)
-        and path not in adapter.modules
-        and f"{path}.weight" not in adapter.replaced
-        and any(path == name or path.endswith("." + name) for name in adapter.promises.adapted)
-    ]
+# ---------------------------------------------------------------- the base's identity
 
 
 def _check_fingerprint(
-    adapter: Adapter, checkpoint: Checkpoint, sources: Mapping[str, str], *, allow: bool
+    adapter: Adapter, checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, allow: bool
 ) -> tuple[str, ...]:
     """Compare the base with the one that the adapter was trained on; return what to note."""
     expected = adapter.base.fingerprint
     if expected is None:
         return ("the adapter carries no fingerprint of its base: identity of the base unchecked",)
-    infos = {f"{p}.weight": checkpoint.tensors[sources[f"{p}.weight"]] for p in adapter.modules}
     found = fingerprint((name, *_as_trained(info, expected.dtype)) for name, info in infos.items())
     if found == expected:
         return ("the base has the fingerprint that the adapter was trained on",)
@@ -239,48 +735,3 @@ def _as_trained(info: TensorInfo, dtype: str | None) -> tuple[str, tuple[int, ..
     if dtype == "F32" and info.dtype in ("BF16", "F16"):
         return "F32", info.shape, info.array().astype("<f4").tobytes()
     return info.dtype, info.shape, info.read()
-
-
-def _steps(
-    adapter: Adapter,
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    sources: Mapping[str, str],
-    dtype: str | None,
-) -> tuple[Step, ...]:
-    targets = {source: name for name, source in sources.items()}
-    merged = {f"{path}.weight": path for path in adapter.modules}
-    order = sorted(
-        checkpoint.tensors.values(), key=lambda t: (checkpoint.shards.index(t.file.name), t.start)
-    )
-    steps = []
-    for info in order:
-        name = targets.get(info.name)
-        if name is None or name in adapter.replaced:
-            continue
-        stored = dtype if dtype and info.dtype in FLOATS else info.dtype
-        path = merged.get(name)
-        steps.append(
-            Step(
-                operation=MERGE if path else COPY,
-                name=name,
-                shard=info.file.name,
-                dtype=stored,
-                shape=info.shape,
-                source=info.name,
-                module=path,
-                transposed=bool(path) and _is_transposed(model, str(path)),
-            )
-        )
-    floats = [step.dtype for step in steps if step.operation == MERGE]
-    if not floats:
-        raise InputError("the adapter merges into no tensor")
-    steps += [
-        Step(PLACE, name, checkpoint.shards[-1], floats[0], value.shape)
-        for name, value in adapter.replaced.items()
-    ]
-    return tuple(steps)
-
-
-def _is_transposed(model: nn.Module, path: str) -> bool:
-    return layer_class(model.get_submodule(path)) is LoraConv1D

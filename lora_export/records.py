@@ -19,24 +19,62 @@ Array = NDArray[Any]
 # ---------------------------------------------------------------- the adapter
 
 
+# What kind of tensor a low-rank pair updates.
+LINEAR = "linear"  # nn.Linear (out, in), and HF's Conv1D (in, out)
+EMBEDDING = "embedding"  # (vocab, dim)
+CONV = "conv"  # (out, in, *kernel)
+EXPERTS = "experts"  # a parameter of fused experts, (experts, out, in) or (experts, in, out)
+
+
 @dataclass(frozen=True)
 class Factors:
-    """The low-rank pair of one module; its update is `scale * b @ a`."""
+    """The low-rank pair of one module; its update is `scale * b @ diag(diagonal) @ a`.
 
-    a: Array  # (rank, in), float32 or float64: widening from the file's dtype is exact
-    b: Array  # (out, rank), same dtype
+    Arrays keep the dtype of the file. An embedding is the map from vocab (in) to dim (out).
+    """
+
+    a: Array  # (rank, in); conv (rank, in, *kernel); experts (experts, rank, in)
+    b: Array  # (out, rank); conv (out, rank, 1, ...); experts (experts, out, rank)
     alpha: float
     scale: float
+    kind: str = LINEAR
+    diagonal: Array | None = None  # (rank,): KaSA and AdaLoRA
+    magnitude: Array | None = None  # (out,): DoRA
+    bias: Array | None = None  # (out,): added to the layer's bias, times scale
 
     @property
     def rank(self) -> int:
         """The rank, taken from the tensor."""
-        return int(self.a.shape[0])
+        return int(self.a.shape[1 if self.kind == EXPERTS else 0])
 
     @property
     def is_zero(self) -> bool:
         """Whether the update is zero everywhere, as it is before any training."""
-        return self.scale == 0 or not self.a.any() or not self.b.any()
+        parts = [self.a, self.b] + ([] if self.diagonal is None else [self.diagonal])
+        return self.scale == 0 or not all(part.any() for part in parts)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the pair is all there is, on a linear layer."""
+        extras = (self.diagonal, self.magnitude, self.bias)
+        return self.kind == LINEAR and all(extra is None for extra in extras)
+
+    def matrices(self) -> tuple[Array, Array]:
+        """Return A (experts, rank, in) and B (experts, out, rank); one expert where there are none.
+
+        The kernel of a convolution is part of `in`.
+        """
+        if self.kind == EXPERTS:
+            return self.a, self.b
+        return self.a.reshape(1, self.rank, -1), self.b.reshape(1, -1, self.rank)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an embedding that were trained: they replace those of the base."""
+
+    indices: tuple[int, ...]
+    values: Array  # (rows, dim)
 
 
 @dataclass(frozen=True)
@@ -76,9 +114,9 @@ class Promises:
 class Adapter:
     """One adapter, whatever file format it came from."""
 
-    modules: Mapping[str, Factors]  # by module path in the model
-    replaced: Mapping[str, Array]  # by tensor name: trained heads, stored whole
-    variant: str
+    modules: Mapping[str, Factors]  # by module path in the model; experts by tensor name
+    replaced: Mapping[str, Array]  # by tensor name: trained heads, biases; stored whole
+    variant: str  # names of `variants/`, joined by "+"
     dropout: float = 0.0
     task_type: str | None = None  # PEFT's name: SEQ_CLS, CAUSAL_LM, ...
     base: BaseRef = field(default_factory=BaseRef)
@@ -88,6 +126,19 @@ class Adapter:
     format: str = "memory"
     sha256: str | None = None  # of the file, or over the files, that it was read from
     notes: tuple[str, ...] = ()
+    rows: Mapping[str, Rows] = field(default_factory=dict)  # by module path
+    ignored: Mapping[str, str] = field(default_factory=dict)  # tensor in the file -> reason
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of PEFT's config, kept as they are
+    flat_names: bool = False  # dots of module paths became underscores (kohya)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a caller knows about an adapter file that the file does not say."""
+
+    alpha: float | None = None
+    pattern_order: str | None = None  # of several matching patterns, "first" or "last" wins
+    expert_b: str | None = None  # columns of fused experts' lora_B: "rank-major", "expert-major"
 
 
 # ---------------------------------------------------------------- the artifact
@@ -325,3 +376,14 @@ class Certificate:
 def all_finite(array: Array) -> bool:
     """Return whether every element of `array` is finite."""
     return bool(np.isfinite(array).all())
+
+
+def is_float(array: Array) -> bool:
+    """Return whether `array` holds floating-point numbers; numpy does not count bfloat16."""
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
+def widened(array: Array) -> Array:
+    """Return half precision as float32, which is exact; anything else as it is."""
+    narrow = is_float(array) and array.dtype.itemsize == 2
+    return array.astype(np.float32) if narrow else array

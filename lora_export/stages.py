@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from lora_export import auditing, bases, exporters, inputs, merging, models, storage
-from lora_export.adapter import read_adapter
+from lora_export import auditing, exporters, inputs, merging, models, storage
 from lora_export.errors import ExportFailed, InputError, listed
 from lora_export.injection import attach, idle
-from lora_export.plan import MergePlan, plan
+from lora_export.opening import Job
 from lora_export.records import (
     IDLE,
     MERGED,
@@ -33,85 +32,6 @@ from lora_export.runners import Runner
 from lora_export.runners.eager import EagerRunner
 from lora_export.storage import Checkpoint
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-
-@dataclass(frozen=True)
-class Job:
-    """An adapter, its base, and the plan that merges one into the other."""
-
-    adapter: Adapter
-    base: Path
-    checkpoint: Checkpoint
-    config: Any
-    blank: nn.Module  # the architecture without weights
-    plan: MergePlan
-    source: Path  # of the adapter
-    origin: str  # how the base was found
-
-    def places(self, data: Path | None = None) -> tuple[Path, ...]:
-        """Return the paths of everything that goes in."""
-        return (self.source, self.base) if data is None else (self.source, self.base, data)
-
-    def inputs(self, data: Path | None = None) -> tuple[FileDigest, ...]:
-        """Return the digests of everything that goes in: adapter, base, tokenizer, sentences."""
-        if self.source.is_dir():
-            own = storage.digest_tree(self.source)
-        else:
-            own = (storage.digest(self.source),)
-        companions = [n for n in merging.COMPANIONS if (self.base / n).is_file()]
-        names = (*self.checkpoint.shards, "config.json", *companions)
-        texts = inputs.files([data]) if data is not None else []
-        return (
-            *own,
-            *(storage.digest(self.base / name, f"base/{name}") for name in names),
-            *(storage.digest(text) for text in texts),
-        )
-
-    def settings(self, **more: Any) -> dict[str, Any]:
-        """Return what decided the result beside the inputs."""
-        return {
-            "base": f"{self.adapter.base.public_id or self.base.name} ({self.origin})",
-            **more,
-            "notes": [*self.plan.notes, *self.adapter.notes],
-        }
-
-
-def open_job(
-    adapter: str | Path,
-    base: str | None = None,
-    *,
-    dtype: str = "keep",
-    allow_base_mismatch: bool = False,
-) -> Job:
-    """Read the adapter, find its base, and plan the merge; nothing is written.
-
-    Raises:
-        InputError: adapter or base is missing or damaged, or the adapter is untrained.
-        AdapterMismatch: they do not fit together; every fault is listed.
-    """
-    found = read_adapter(adapter)
-    if all(pair.is_zero for pair in found.modules.values()):
-        raise InputError(
-            f"the adapter {adapter} is untrained: all {len(found.modules)} low-rank updates are "
-            "zero, so merging it would change nothing"
-        )
-    name = base or found.base.id
-    if not name:
-        raise InputError("the adapter names no base model; pass --base")
-    place = bases.find(name, None if base else found.base.revision)
-    checkpoint = Checkpoint.open(place.path)
-    architecture = models.architecture_of(found, place.path)
-    config = models.config_of(place.path, architecture, found.labels, models.class_count(found))
-    if getattr(config, "pad_token_id", 0) is None and models.has_tokenizer(place.path):
-        config.pad_token_id = models.tokenizer(place.path).pad_token_id
-    blank = models.blank(config)
-    if dtype != "keep" and dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; expected keep, {', '.join(DTYPES)}")
-    target = DTYPES.get(dtype)
-    steps = plan(found, checkpoint, blank, dtype=target, allow_base_mismatch=allow_base_mismatch)
-    return Job(found, place.path, checkpoint, config, blank, steps, Path(adapter), place.origin)
-
 
 @dataclass(frozen=True)
 class MergeRecord:
@@ -127,7 +47,19 @@ def merge_stage(job: Job, folder: Path, prefix: str = "") -> MergeRecord:
 
     `prefix` goes before the names of the files in the record.
     """
-    merging.write_merged(job.plan, job.adapter, job.checkpoint, job.config, folder)
+    merging.write_merged(
+        job.plan,
+        job.adapter,
+        job.checkpoint,
+        job.settings_of_model,
+        folder,
+        job.companions(),
+    )
+    return audit_stage(job, folder, prefix)
+
+
+def audit_stage(job: Job, folder: Path, prefix: str = "") -> MergeRecord:
+    """Read the merged checkpoint in `folder`, and record what was made of adapter and base."""
     written = Checkpoint.open(folder)
     return MergeRecord(
         auditing.account(job.plan, job.adapter, job.checkpoint, written),
@@ -181,6 +113,17 @@ def load_subject(folder: Path) -> Subject:
     model = load_merged(folder)
     tokens = models.tokenizer(folder)
     return Subject(folder, model, tokens, models.signature_of(model, tokens))
+
+
+def recorded_files(folder: Path) -> tuple[FileDigest, ...]:
+    """Return the digests of the weights in `folder` as the merge wrote them down."""
+    written = storage.read_json(folder / merging.PROVENANCE).get("files")
+    if not isinstance(written, dict) or not written:
+        raise InputError(f"{folder / merging.PROVENANCE} names no files")
+    sizes = {f.name: f.size_bytes for f in storage.digest_tree(folder)}
+    return tuple(
+        FileDigest(name, sizes.get(name, 0), str(digest)) for name, digest in written.items()
+    )
 
 
 def _refuse_altered(folder: Path) -> None:
@@ -292,6 +235,21 @@ def record_all(
     with idle(unmerged):
         found[IDLE] = record(own, batches)
     return found | {name: record(runner, batches) for name, runner in runners.items()}
+
+
+def merged_modules(job: Job, folder: Path) -> Modules:
+    """Return what the merged model in `folder` consists of, beside what it should.
+
+    Where the plan needed no model, the base's own tensors are what it should: names and shapes.
+    """
+    if job.config is not None:
+        return modules_of(load_merged(folder))
+    found = Checkpoint.open(folder).tensors
+    return Modules(
+        expected={name: str(info.shape) for name, info in job.checkpoint.tensors.items()},
+        found={name: str(info.shape) for name, info in found.items()},
+        lora_names=tuple(sorted(name for name in found if "lora" in name.lower())),
+    )
 
 
 def modules_of(model: nn.Module) -> Modules:

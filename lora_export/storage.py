@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from lora_export.errors import InputError, listed
@@ -30,6 +31,7 @@ _NUMPY = {
     "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
 }  # fmt: skip
 _NAMES = {np.dtype(code): name for name, code in _NUMPY.items()}
+_NAMES[np.dtype(ml_dtypes.bfloat16)] = "BF16"
 MOST_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 LFS_POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
@@ -59,13 +61,19 @@ class TensorInfo:
     def array(self) -> Array:
         """Return the tensor as a numpy array; bfloat16 is widened to float32, which is exact."""
         if self.dtype == "BF16":
-            wide = self._stored("<u2").astype("<u4") << np.uint32(16)
+            wide = self._raw("<u2").astype("<u4") << np.uint32(16)
             return wide.view("<f4")
+        return self.stored()
+
+    def stored(self) -> Array:
+        """Return the tensor as a numpy array of its own dtype."""
+        if self.dtype == "BF16":
+            return self._raw("<u2").view(ml_dtypes.bfloat16)
         if self.dtype not in _NUMPY:
             raise InputError(f"{self.name}: cannot compute with tensors of dtype {self.dtype}")
-        return self._stored(_NUMPY[self.dtype])
+        return self._raw(_NUMPY[self.dtype])
 
-    def _stored(self, code: str) -> Array:
+    def _raw(self, code: str) -> Array:
         count = math.prod(self.shape)
         return np.fromfile(self.file, code, count, offset=self.start).reshape(self.shape)
 
@@ -81,12 +89,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         InputError: there is no such file, or it is not a complete safetensors file.
     """
+    refuse_pointer(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             head = stream.read(8)
-            if head.startswith(LFS_POINTER[:8]):
-                raise InputError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull`")
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
                 raise InputError(f"{path} is not a safetensors file, or it is truncated")
@@ -165,7 +172,9 @@ def _weight_map(root: Path) -> dict[str, str]:
         return {}
     index = root / INDEX
     if not index.is_file():
-        raise InputError(f"{root} has neither {SINGLE} nor {INDEX}")
+        pickled = sorted(file.name for file in root.glob("pytorch_model*.bin"))
+        hint = f"; save {pickled[0]} as safetensors with save_pretrained first" if pickled else ""
+        raise InputError(f"{root} has neither {SINGLE} nor {INDEX}{hint}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map")
@@ -175,13 +184,22 @@ def _weight_map(root: Path) -> dict[str, str]:
     return found
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raise `InputError` where Git LFS left a pointer in place of the file, or there is none."""
+    try:
+        with path.open("rb") as stream:
+            found = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if found == LFS_POINTER:
+        raise InputError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull`")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file at `path`; raises `InputError`."""
+    refuse_pointer(path)
     try:
-        data = path.read_bytes()
-        if data.startswith(LFS_POINTER):
-            raise InputError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull`")
-        value = json.loads(data)
+        value = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

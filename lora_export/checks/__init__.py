@@ -2,7 +2,7 @@
 
 To add a check, add one file here with:
 
-    SCOPES = ("run",)                      commands that ask it: merge, export, run
+    SCOPES = ("run",)                      commands that ask it: merge, export, run, verify
     judge(evidence) -> list[Verdict]       at least one verdict; NOT_RUN where evidence is missing
     applies(evidence) -> bool              optional: whether the question makes sense for this model
 
@@ -15,7 +15,7 @@ from lora_export import registry
 from lora_export.compare import NOISE_MULTIPLE, distance, noise_floor, wrong_dtype
 from lora_export.records import REFERENCE, Evidence, Status, Verdict
 
-MERGE, EXPORT, RUN = "merge", "export", "run"
+MERGE, EXPORT, RUN, VERIFY = "merge", "export", "run", "verify"
 
 
 def names() -> tuple[str, ...]:

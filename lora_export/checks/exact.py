@@ -3,7 +3,7 @@
 from lora_export import checks
 from lora_export.records import Evidence, Verdict
 
-SCOPES = (checks.MERGE, checks.RUN)
+SCOPES = (checks.MERGE, checks.RUN, checks.VERIFY)
 
 
 def judge(evidence: Evidence) -> list[Verdict]:

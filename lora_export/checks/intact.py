@@ -4,7 +4,7 @@ from lora_export import checks
 from lora_export.errors import listed
 from lora_export.records import Evidence, Verdict
 
-SCOPES = (checks.EXPORT, checks.RUN)
+SCOPES = (checks.EXPORT, checks.RUN, checks.VERIFY)
 
 
 def judge(evidence: Evidence) -> list[Verdict]:

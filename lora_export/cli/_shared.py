@@ -8,18 +8,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_export import registry
 from lora_export.errors import CheckFailed
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lora_export.plan import MergePlan
+    from lora_export.opening import Job
     from lora_export.records import Certificate
 
+Command = Callable[..., Any]
 adapter_option = click.option(
     "--adapter", required=True, type=click.Path(path_type=Path), help="Adapter file or directory."
 )
@@ -30,6 +32,68 @@ mismatch_option = click.option(
     "--allow-base-mismatch",
     is_flag=True,
     help="Go on where the base is not the one that the adapter was trained on.",
+)
+
+
+def merge_options(command: Command) -> Command:
+    """Add what a caller may say about an adapter and its merge: the fields of `opening.Options`."""
+    for option in reversed(_MERGE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def reading_options(command: Command) -> Command:
+    """Add what a caller may say about an adapter file."""
+    for option in reversed(_READING_OPTIONS):
+        command = option(command)
+    return command
+
+
+_READING_OPTIONS = (
+    click.option(
+        "--adapter-format",
+        type=click.Choice(registry.names("lora_export.formats")),
+        help="Read the adapter as this format. Default: recognised from the file.",
+    ),
+    click.option("--alpha", type=float, help="LoRA's alpha, where the file stores none."),
+    click.option(
+        "--pattern-order",
+        type=click.Choice(["first", "last"]),
+        help="Of several matching rank or alpha patterns, which wins. Default: stop.",
+    ),
+    click.option(
+        "--expert-b",
+        type=click.Choice(["rank-major", "expert-major"]),
+        help="Order of the columns of fused experts' lora_B. Default: as PEFT does.",
+    ),
+)
+_MERGE_OPTIONS = (
+    *_READING_OPTIONS,
+    click.option(
+        "--tied",
+        type=click.Choice(["error", "untie", "both"]),
+        default="error",
+        show_default=True,
+        help="An update of one side of tied weights: stop, write both tensors, or move both.",
+    ),
+    click.option(
+        "--residual-base",
+        is_flag=True,
+        help="The base is the residual that training began with (PiSSA, OLoRA, CorDA, ...).",
+    ),
+    click.option(
+        "--expert-layout",
+        type=click.Choice(["out-in", "in-out"]),
+        help="How square fused experts are stored. Default: as their PEFT version did.",
+    ),
+    mismatch_option,
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
+    default="keep",
+    show_default=True,
+    help="Of the merged weights.",
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -106,23 +170,54 @@ def finish(certificate: "Certificate", *, as_json: bool, written: Path) -> int:
     return 0 if certificate.ok else CheckFailed.exit_code
 
 
-def print_plan(plan: "MergePlan", *, as_json: bool) -> None:
-    """Print what a merge would do to each tensor."""
-    rows = [
-        (step.operation, step.name, step.source or "-", step.dtype, list(step.shape))
+def plan_facts(job: "Job") -> dict[str, Any]:
+    """Return what a merge would do to each tensor of both sides."""
+    plan = job.plan
+    steps: list[dict[str, Any]] = [
+        {
+            "operation": step.operation,
+            "tensor": step.name,
+            "base": step.source,
+            "adapter": [*([step.placed] if step.placed else []), *step.modules],
+            "dtype": step.dtype,
+            "shape": list(step.shape),
+        }
         for step in plan.steps
     ]
-    rows += [("drop", "-", name, "", []) for name in plan.dropped]
+    empty: dict[str, Any] = {"tensor": None, "base": None, "adapter": [], "dtype": "", "shape": []}
+    steps += [{**empty, "operation": "drop", "base": n, "why": w} for n, w in plan.dropped.items()]
+    steps += [
+        {**empty, "operation": "ignore", "adapter": [name], "why": why}
+        for name, why in plan.ignored.items()
+    ]
+    return {"plan": steps, "notes": job.settings()["notes"]}
+
+
+def print_plan(job: "Job", *, as_json: bool) -> None:
+    """Print what a merge would do to each tensor."""
+    facts = plan_facts(job)
     if as_json:
-        keys = ("operation", "tensor", "base", "dtype", "shape")
-        steps = [dict(zip(keys, row, strict=True)) for row in rows]
-        click.echo(json.dumps({"schema": 1, "ok": True, "plan": steps, "notes": plan.notes}))
+        click.echo(json.dumps({"schema": 1, "ok": True, **facts}))
         return
-    print_table(("operation", "tensor", "in the base", "dtype", "shape"), rows)
-    counts = Counter(row[0] for row in rows)
+    print_table(
+        ("operation", "tensor", "in the base", "from the adapter", "dtype", "shape", "why"),
+        [
+            (
+                step["operation"],
+                step["tensor"] or "-",
+                step["base"] or "-",
+                ", ".join(step["adapter"]) or "-",
+                step["dtype"],
+                step["shape"] or "",
+                step.get("why", ""),
+            )
+            for step in facts["plan"]
+        ],
+    )
+    counts = Counter(step["operation"] for step in facts["plan"])
     click.echo(", ".join(f"{count} {name}" for name, count in counts.items()))
-    for note in plan.notes:
-        click.echo(note)
+    for note in facts["notes"]:
+        click.echo(f"note: {note}")
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

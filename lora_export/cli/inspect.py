@@ -1,76 +1,83 @@
 """The command `inspect`."""
 
-import dataclasses
 import json
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from lora_export.cli import _shared
 
-if TYPE_CHECKING:
-    from lora_export.records import Adapter
 
-
-@click.command("inspect", short_help="What is in an adapter; would it merge.")
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.command("inspect", short_help="What is in an adapter; would it merge; who misreads it.")
+@click.argument("adapter", type=click.Path(path_type=Path), required=False)
 @click.option("--base", help="Base model: also say whether the adapter fits it.")
-@_shared.mismatch_option
+@click.option("--refusals", is_flag=True, help="Print what is refused, why, and what to do.")
+@_shared.merge_options
 @_shared.json_option
-def command(adapter: Path, base: str | None, allow_base_mismatch: bool, as_json: bool) -> None:
-    """Show what an adapter holds, and with --base whether it would merge.
+def command(
+    adapter: Path | None, base: str | None, refusals: bool, as_json: bool, **options: Any
+) -> None:
+    """Show what an adapter holds, and with --base whether and how it would merge.
 
     \b
     lora-export inspect sst2.safetensors
     lora-export inspect sst2.safetensors --base sentence-transformers/all-MiniLM-L6-v2
+    lora-export inspect --refusals
     """
+    if refusals:
+        _print_refusals(as_json=as_json)
+        return
+    if adapter is None:
+        raise click.UsageError("Missing argument 'ADAPTER'.")
+    from lora_export import inspection, opening
     from lora_export.adapter import read_adapter
 
-    found = read_adapter(adapter)
-    facts = _facts(found)
-    if base:
-        from lora_export import stages
-
-        job = stages.open_job(adapter, base, allow_base_mismatch=allow_base_mismatch)
-        facts["fits"] = base
-        facts["base notes"] = "; ".join(job.plan.notes)
-    modules = [
-        {"module": path, "rank": m.rank, "alpha": m.alpha, "scale": m.scale, "zero": m.is_zero}
-        for path, m in found.modules.items()
-    ]
+    wanted = opening.Options(**options)
+    found = read_adapter(adapter, wanted.adapter_format, wanted.reading)
+    job = opening.open_job(adapter, base, wanted) if base else None
+    facts, modules = inspection.facts(found), inspection.modules(found, job)
+    plan = _shared.plan_facts(job) if job is not None else {}
     if as_json:
-        click.echo(json.dumps({"schema": 1, "ok": True, **facts, "modules": modules}, default=str))
+        content = {**facts, **({"fits": base, **plan} if plan else {}), "modules": modules}
+        click.echo(json.dumps({"schema": 1, "ok": True, **content}, default=str))
         return
+    traps = facts.pop("misread by")
     _shared.print_table(("", ""), [(name, value) for name, value in facts.items() if value])
     _shared.print_table(
-        ("module", "rank", "alpha", "scale", ""),
+        ("module", "kind", "rank", "alpha", "scale", "norm", "of the base", ""),
         [
-            (m["module"], m["rank"], f"{m['alpha']:g}", f"{m['scale']:g}", "zero" * bool(m["zero"]))
+            (
+                m["module"],
+                m["kind"],
+                m["rank"],
+                f"{m['alpha']:g}",
+                f"{m['scale']:g}",
+                f"{m['delta_norm']:.3g}",
+                f"{m['relative']:.2%}" if m.get("relative") is not None else "-",
+                "zero" * bool(m["zero"]),
+            )
             for m in modules
         ],
     )
+    if traps:
+        _shared.print_table(
+            ("loader", "would misread it"), [(trap["loader"], trap["why"]) for trap in traps]
+        )
+    if job is not None:
+        click.echo(f"\nmerged into {base}:")
+        _shared.print_plan(job, as_json=False)
 
 
-def _facts(found: "Adapter") -> dict[str, Any]:
-    mark = found.base.fingerprint
-    ranks = Counter(pair.rank for pair in found.modules.values())
-    return {
-        "format": found.format,
-        "variant": found.variant,
-        "task": found.task_type,
-        "base": found.base.id,
-        "revision": found.base.revision,
-        "architecture": found.base.architecture,
-        "fingerprint": mark and dataclasses.asdict(mark),
-        "labels": list(found.labels),
-        "low-rank modules": len(found.modules),
-        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
-        "parameters": sum(pair.a.size + pair.b.size for pair in found.modules.values()),
-        "tensors stored whole": {n: list(v.shape) for n, v in found.replaced.items()},
-        "untrained modules": [p for p, pair in found.modules.items() if pair.is_zero],
-        "training": dict(found.training),
-        "sha256": found.sha256,
-        "notes": list(found.notes),
-    }
+def _print_refusals(*, as_json: bool) -> None:
+    from lora_export.refusals import TABLE
+
+    if as_json:
+        rows = [
+            {"name": name, "case": r.case, "why": r.why, "remedy": r.remedy}
+            for name, r in TABLE.items()
+        ]
+        click.echo(json.dumps({"schema": 1, "ok": True, "refusals": rows}))
+        return
+    for name, entry in TABLE.items():
+        click.echo(f"{name}: {entry.case}\n    why:    {entry.why}\n    remedy: {entry.remedy}")

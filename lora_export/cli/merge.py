@@ -1,6 +1,7 @@
 """The command `merge`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,30 +18,24 @@ from lora_export.cli import _shared
     show_default=True,
     help="Directory to write.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["keep", "float32", "bfloat16", "float16"]),
-    default="keep",
-    show_default=True,
-    help="Of the merged weights.",
-)
+@_shared.dtype_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@_shared.mismatch_option
+@_shared.merge_options
 @_shared.overwrite_option
 @_shared.json_option
 @_shared.quiet_option
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     adapter: Path,
     base: str | None,
     out: Path,
-    dtype: str,
     dry_run: bool,
-    allow_base_mismatch: bool,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Merge an adapter into its base: a directory that plain transformers loads.
 
@@ -49,26 +44,23 @@ def command(
     lora-export merge --adapter adapter_dir --base ./llama --out merged --dtype bfloat16
     """
     with _shared.progress(quiet=quiet) as say:
-        say("loading torch and transformers")
-        from lora_export import pipeline, stages
+        say("loading torch")
+        from lora_export import opening, pipeline
 
         if dry_run:
             say("planning")
-            job = stages.open_job(
-                adapter, base, dtype=dtype, allow_base_mismatch=allow_base_mismatch
-            )
+            job = opening.open_job(adapter, base, opening.Options(**options))
         else:
             certificate = pipeline.merge_files(
                 adapter,
                 base=base,
                 out=out,
-                dtype=dtype,
                 overwrite=overwrite,
-                allow_base_mismatch=allow_base_mismatch,
                 command=_shared.invoked(),
                 say=say,
+                **options,
             )
     if dry_run:
-        _shared.print_plan(job.plan, as_json=as_json)
+        _shared.print_plan(job, as_json=as_json)
     else:
         ctx.exit(_shared.finish(certificate, as_json=as_json, written=out))

@@ -1,6 +1,7 @@
 """The command `run`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,23 +30,24 @@ from lora_export.cli import _shared
     help="Artifact format; may be given more than once.",
 )
 @_shared.seed_option
-@_shared.mismatch_option
+@_shared.merge_options
 @_shared.overwrite_option
 @_shared.json_option
 @_shared.quiet_option
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     adapter: Path,
     base: str | None,
     out: Path,
     data: Path | None,
     formats: tuple[str, ...],
     seed: int,
-    allow_base_mismatch: bool,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Merge, export, compare and time an adapter, and write a certificate.
 
@@ -64,9 +66,9 @@ def command(
             data=data,
             formats=formats,
             overwrite=overwrite,
-            allow_base_mismatch=allow_base_mismatch,
             seed=seed,
             command=_shared.invoked(),
             say=say,
+            **options,
         )
     ctx.exit(_shared.finish(certificate, as_json=as_json, written=out / judging.CERTIFICATE))

@@ -3,11 +3,17 @@
 A format is a module with two functions, and a third where we also write it:
 
     detect(path) -> bool                   whether `path` looks like this format; never raises
-    read(path) -> Adapter                  raises `InputError` with every fault in the file
+    read(path, reading) -> Adapter         raises `InputError` with every fault in the file;
+                                           `reading` is a `records.Reading`: what the caller says
     write(adapter, path) -> None           optional
+
+At most one format may recognise a path.
 """
 
-from lora_export import registry
+from pathlib import Path
+
+from lora_export import registry, storage
+from lora_export.errors import InputError
 
 
 def names() -> tuple[str, ...]:
@@ -18,3 +24,11 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> registry.Entry:
     """Return the module of the format `name`; raises `InputError` for an unknown one."""
     return registry.load(__name__, name)
+
+
+def keys(path: Path) -> frozenset[str]:
+    """Return the names of the tensors in the safetensors file at `path`; empty where it is none."""
+    try:
+        return frozenset(storage.read_header(path)[0]) if path.is_file() else frozenset()
+    except InputError:
+        return frozenset()

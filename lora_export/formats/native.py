@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_export import peft_names, storage
 from lora_export.errors import InputError
-from lora_export.records import Adapter, BaseRef, Fingerprint
+from lora_export.records import Adapter, BaseRef, Fingerprint, Reading
 
 SCHEMA = 1
 _KEY = "lora_export."
@@ -27,7 +27,7 @@ def detect(path: Path) -> bool:
         return False
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path, reading: Reading | None = None) -> Adapter:
     """Return the adapter in the file at `path`.
 
     Raises:
@@ -47,7 +47,7 @@ def read(path: Path) -> Adapter:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise InputError(f"{path}: metadata {_KEY}labels is damaged")
     return dataclasses.replace(
-        peft_names.read(infos, config, str(path)),
+        peft_names.read(infos, config, str(path), reading),
         base=_base(base, path),
         labels=tuple(labels),
         training=training,

@@ -1,44 +1,61 @@
-"""A directory written by PEFT: adapter_config.json and adapter_model.safetensors."""
+"""A directory written by PEFT: adapter_config.json beside adapter_model.safetensors or .bin."""
 
 import dataclasses
 import hashlib
 from pathlib import Path
 
-from lora_export import peft_names, publishing, storage
+from lora_export import peft_names, pickles, publishing, storage
 from lora_export.errors import InputError
-from lora_export.records import Adapter
+from lora_export.records import Adapter, Reading
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 
 
 def detect(path: Path) -> bool:
-    """Return whether `path` is a directory with PEFT's config file."""
-    return (path / CONFIG).is_file()
+    """Return whether `path` is a directory with PEFT's files, or the tensors in one."""
+    folder = _folder(path)
+    if (folder / "adapters.safetensors").is_file() and not (folder / WEIGHTS).is_file():
+        return False  # mlx-lm calls its config the same
+    return (folder / CONFIG).is_file()
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path, reading: Reading | None = None) -> Adapter:
     """Return the adapter in the directory at `path`.
 
     Raises:
         InputError: a file is missing or damaged, or holds what cannot be merged exactly.
     """
-    config = storage.read_json(path / CONFIG)
-    weights = path / WEIGHTS
-    if not weights.is_file() and (path / "adapter_model.bin").is_file():
-        raise InputError(f"{path} holds a pickle (adapter_model.bin); save it as safetensors first")
-    infos, _ = storage.read_header(weights)
-    adapter = peft_names.read(infos, config, str(path))
-    notes = []
-    biases = [name for name in adapter.replaced if name.endswith(".bias")]
-    if config.get("bias", "none") != "none" and not biases:
-        notes.append(f"the config says bias={config['bias']!r}, but the file holds no bias")
-    return dataclasses.replace(adapter, format="peft", sha256=_digest(path), notes=tuple(notes))
+    folder = _folder(path)
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} has no {CONFIG}, so nothing says alpha and the variant")
+    config = storage.read_json(folder / CONFIG)
+    weights, notes = folder / WEIGHTS, []
+    if weights.is_file():
+        if (folder / PICKLE).is_file():
+            notes.append(f"{PICKLE} lies beside {WEIGHTS} and was not read, as in PEFT")
+        adapter = peft_names.read(storage.read_header(weights)[0], config, str(path), reading)
+    elif (folder / PICKLE).is_file():
+        weights = folder / PICKLE
+        adapter = peft_names.read(pickles.read(weights), config, str(path), reading)
+    else:
+        raise InputError(f"{folder} holds a config and no weights: neither {WEIGHTS} nor {PICKLE}")
+    return dataclasses.replace(
+        adapter,
+        format="peft",
+        sha256=_digest(folder / CONFIG, weights),
+        notes=(*notes, *adapter.notes),
+    )
 
 
-def _digest(path: Path) -> str:
+def _folder(path: Path) -> Path:
+    return path.parent if path.name in (WEIGHTS, PICKLE, CONFIG) else path
+
+
+def _digest(*files: Path) -> str:
     """Return one digest over both files: alpha stands in the config alone."""
-    texts = [storage.sha256(path / name) for name in (CONFIG, WEIGHTS)]
+    texts = [storage.sha256(file) for file in files]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 

@@ -1,15 +1,27 @@
-"""Equations of LoRA, one file each. The file's name is the variant's name.
+"""Equations of the LoRA family, one file each. The file's name is the variant's name.
 
-A variant is a module with two functions:
+An adapter's variant is one name or several joined by "+": `rslora+dora`. A file provides one or
+more of these functions; where two provide the same one, the later name wins:
 
-    scaling(alpha, rank) -> float          the factor s in front of B A
-    merged(weight, delta) -> Tensor        the merged weight; both arguments are float64 tensors of
-                                           shape (out, in), and delta is s * B @ A
+    scaling(alpha, rank) -> float            the factor s in front of B A
+    base(weight, scale, rank) -> Tensor      what training made of the base's weight beforehand
+    merged(weight, delta, magnitude) -> Tensor   the merged weight
 
-`merged` works on whole tensors in float64; rounding to the base's dtype is the caller's, once.
+Weights are float64 tensors of shape (out, in), or (experts, out, in); delta = s B A has the same
+shape, and magnitude is (out,) or None. Embeddings come as (dim, vocab), kernels flattened to
+(out, in * kernel). Rounding to the base's dtype is the caller's, once.
+
+What has no equation of its own has no file: biases and heads are stored whole, an embedding, a
+convolution or fused experts are the same equations in another layout (see `layout`).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from lora_export import registry
+from lora_export.errors import InputError
+
+_DEFAULT = "lora"
 
 
 def names() -> tuple[str, ...]:
@@ -20,3 +32,39 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> registry.Entry:
     """Return the module of the variant `name`; raises `InputError` for an unknown one."""
     return registry.load(__name__, name)
+
+
+def check(variant: str) -> None:
+    """Raise `InputError` unless every name in `variant` is known."""
+    if unknown := set(variant.split("+")) - set(names()):
+        raise InputError(
+            f"variant {variant!r}: {', '.join(sorted(unknown))} is not one of {', '.join(names())}"
+        )
+
+
+def scaling(variant: str, alpha: float, rank: int) -> float:
+    """Return the factor s of `variant`."""
+    return float(_find(variant, "scaling")(alpha, rank))
+
+
+def base(variant: str, weight: Any, scale: float, rank: int) -> Any:
+    """Return what training made of the base's `weight` before it began: mostly `weight` itself."""
+    change = _find(variant, "base")
+    return change(weight, scale, rank)
+
+
+def changes_base(variant: str) -> bool:
+    """Return whether training began by changing the base's weights."""
+    return any(hasattr(load(name), "base") for name in variant.split("+") if name != _DEFAULT)
+
+
+def merged(variant: str, weight: Any, delta: Any, magnitude: Any = None) -> Any:
+    """Return the merged weight of `variant`."""
+    return _find(variant, "merged")(weight, delta, magnitude)
+
+
+def _find(variant: str, function: str) -> Callable[..., Any]:
+    for name in (*reversed(variant.split("+")), _DEFAULT):
+        if found := getattr(load(name), function, None):
+            return found  # type: ignore[no-any-return]
+    raise AssertionError(function)

@@ -11,6 +11,11 @@ def scaling(alpha: float, rank: int) -> float:
     return alpha / rank
 
 
-def merged(weight: "Tensor", delta: "Tensor") -> "Tensor":
-    """Return weight + delta, both (out, in), float64."""
+def base(weight: "Tensor", scale: float, rank: int) -> "Tensor":
+    """Return weight as it is: training began with the base itself."""
+    return weight
+
+
+def merged(weight: "Tensor", delta: "Tensor", magnitude: "Tensor | None" = None) -> "Tensor":
+    """Return weight + delta."""
     return weight + delta

@@ -1,0 +1,234 @@
+"""What a plan needs to know of a model: its tensors, its layers, and where they lie on disk.
+
+Two ways lead here. `read_off` takes a checkpoint whose own names and shapes say it all, and imports
+nothing. Anything else needs the model, built without weights: `models.architecture`.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_export.records import CONV, EXPERTS, LINEAR, Adapter
+from lora_export.storage import Checkpoint, TensorInfo
+
+CONV1D = "conv1d"  # HF's Conv1D: a linear map stored as (in, out)
+OTHER = "other"
+Span = tuple[int, int]
+Box = tuple[Span, Span, Span]  # a region of a tensor seen as (experts, rows, columns)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with weights of its own."""
+
+    kind: str  # LINEAR, CONV1D, EMBEDDING, CONV or OTHER
+    refusal: str = ""  # name of a case in `refusals`: why it cannot be merged into
+    found: str = ""  # what was found there
+    out_first: bool | None = None  # of fused experts: (experts, out, in); None where unknown
+
+
+@dataclass(frozen=True)
+class Link:
+    """A region of a stored tensor is a region of a tensor of the model.
+
+    None means all of it. `swapped` tells that rows and columns change places between the two.
+    """
+
+    stored: str
+    tensor: str
+    box: Box | None = None  # in the model's tensor
+    offset: Box | None = None  # in the stored one
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The tensors and layers of a model, and their places in a checkpoint."""
+
+    name: str  # class of the model; empty where the checkpoint itself was read off
+    shapes: Mapping[str, tuple[int, ...]]  # of every tensor that the model needs
+    layers: Mapping[str, Layer]  # by module path
+    links: tuple[Link, ...]  # from the tensors on disk
+    names: Mapping[str, tuple[Link, ...]]  # from the adapter's tensor names
+    unfollowed: Mapping[str, str] = field(default_factory=dict)  # model tensor -> conversion
+    ties: Mapping[str, frozenset[str]] = field(default_factory=dict)  # names of one storage
+    output_names: Mapping[tuple[str, str], str] = field(default_factory=dict)  # of a link's tensor
+    buffers: frozenset[str] = frozenset()
+    prefix: str = ""  # of the base model in the architecture
+
+    def stored_for(self, tensor: str) -> list[Link]:
+        """Return the links of the model's `tensor` to the disk, by its name or a tied one."""
+        own = self._by_tensor.get(tensor, [])
+        if own:
+            return own
+        return next(
+            (self._by_tensor[n] for n in sorted(self.tied(tensor)) if n in self._by_tensor), []
+        )
+
+    def tied(self, tensor: str) -> frozenset[str]:
+        """Return the names that share the storage of `tensor`, itself among them."""
+        return self.ties.get(tensor, frozenset([tensor]))
+
+    @property
+    def _by_tensor(self) -> Mapping[str, list[Link]]:
+        found: dict[str, list[Link]] | None = self.__dict__.get("_index")
+        if found is None:
+            found = defaultdict(list)
+            for link in self.links:
+                found[link.tensor].append(link)
+            found = dict(found)
+            object.__setattr__(self, "_index", found)
+        return found
+
+
+def tensor_of(path: str, kind: str) -> str:
+    """Return the name of the tensor that an update of `kind` at `path` changes."""
+    return path if kind == EXPERTS else f"{path}.weight"
+
+
+def stack(shape: tuple[int, ...], kind: str = LINEAR) -> tuple[int, int, int]:
+    """Return `shape` seen as (experts, rows, columns); the kernel of a convolution is columns."""
+    if len(shape) == 3 and kind != CONV:
+        return shape[0], shape[1], shape[2]
+    return (1, shape[0], math.prod(shape[1:])) if shape else (1, 1, 1)
+
+
+def names_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Return the names of the tensors that `adapter` changes, and the shapes of its updates."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path, pair in adapter.modules.items():
+        a, b = pair.matrices()
+        size = (b.shape[1], a.shape[2])
+        found[tensor_of(path, pair.kind)] = (len(a), *size) if pair.kind == EXPERTS else size
+        if pair.bias is not None:
+            found[f"{path}.bias"] = pair.bias.shape
+    found |= {f"{path}.weight": rows.values.shape for path, rows in adapter.rows.items()}
+    return found | {name: value.shape for name, value in adapter.replaced.items()}
+
+
+# ---------------------------------------------------------------- without the model
+
+
+def read_off(
+    adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> Architecture | None:
+    """Return the architecture that the checkpoint's own names and shapes tell, or None.
+
+    None means that the model has to be asked: the adapter brings a head, touches what may be tied,
+    has names that the checkpoint does not have, or a square weight could lie either way.
+    """
+    if not _is_simple(adapter, checkpoint, config):
+        return None
+    layers = {}
+    for path, pair in adapter.modules.items():
+        info = checkpoint.tensors.get(f"{path}.weight")
+        if info is None or len(info.shape) != 2 or not _in_stack(path, checkpoint, config):
+            return None
+        kind = _orientation(path, info, checkpoint)
+        bias = pair.bias is None or f"{path}.bias" in checkpoint.tensors
+        parent = path.rpartition(".")[0]
+        if kind is None or not bias or f"{parent}.in_proj_weight" in checkpoint.tensors:
+            return None
+        layers[path] = Layer(kind)
+    for name, value in adapter.replaced.items():
+        info = checkpoint.tensors.get(name)
+        if info is None or info.shape != value.shape or not _in_stack(name, checkpoint, config):
+            return None
+    for name, info in checkpoint.tensors.items():  # for what the config targets, and the file lacks
+        path = name.removesuffix(".weight")
+        if path not in layers and name != path and len(info.shape) == 2:
+            layers[path] = Layer(LINEAR)
+    return Architecture(
+        name=str((config.get("architectures") or [""])[0]),
+        shapes={name: info.shape for name, info in checkpoint.tensors.items()},
+        layers=layers,
+        links=tuple(Link(name, name) for name in checkpoint.tensors),
+        names={name: (Link(name, name),) for name in names_of(adapter)},
+    )
+
+
+_HEADS = {
+    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
+    "SEQ_CLS": ("ForSequenceClassification",),
+    "TOKEN_CLS": ("ForTokenClassification",),
+    "QUESTION_ANS": ("ForQuestionAnswering",),
+    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
+}
+
+
+def _is_simple(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Return whether nothing in the adapter asks for the model itself."""
+    stated = [str(name) for name in config.get("architectures") or []]
+    if len(stated) != 1 or config.get("quantization_config"):
+        return False
+    if adapter.base.architecture not in (None, stated[0]):
+        return False
+    ends = _HEADS.get(adapter.task_type or "")
+    if adapter.task_type and not (ends and stated[0].endswith(ends)):
+        return False
+    labels = config.get("id2label") or {}
+    if adapter.labels and list(adapter.labels) != [labels[key] for key in sorted(labels, key=int)]:
+        return False
+    plain = all(pair.kind == LINEAR for pair in adapter.modules.values())
+    odd = adapter.rows or adapter.flat_names or adapter.fields.get("layer_replication")
+    saved = [
+        name
+        for name in checkpoint.tensors
+        if any(f".{part}." in f".{name}" for part in adapter.promises.saved)
+        and name not in adapter.replaced
+    ]
+    return plain and not odd and not saved
+
+
+def _in_stack(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Return whether `name` lies in a stack of layers of which every one is on disk.
+
+    Tied weights are stored once, so a name that is there for every layer is tied across none, and
+    embeddings and heads are in no stack.
+    """
+    match = re.search(r"(?<=\.)\d+(?=\.)", name)
+    if match is None:
+        return False
+    head, tail = name[: match.start()], name[match.end() :]
+    whole = tail if f"{head}{match[0]}{tail}" in checkpoint.tensors else f"{tail}.weight"
+    count = 0
+    while f"{head}{count}{whole}" in checkpoint.tensors:
+        count += 1
+    return count > int(match[0]) and count in _integers(config)
+
+
+def _integers(config: Mapping[str, Any]) -> set[int]:
+    """Return the numbers in a config and its parts: the number of layers is one of them."""
+    found = {value for value in config.values() if type(value) is int}
+    for value in config.values():
+        if isinstance(value, dict):
+            found |= _integers(value)
+    return found
+
+
+def _orientation(path: str, info: TensorInfo, checkpoint: Checkpoint) -> str | None:
+    """Return LINEAR or CONV1D for the weight at `path`, or None where it cannot be told.
+
+    HF's Conv1D always has a bias, of the length of its columns; a linear map's is as long as its
+    rows. A square weight is judged by its neighbours in the same layer.
+    """
+    bias = checkpoint.tensors.get(f"{path}.bias")
+    if bias is None:
+        return LINEAR
+    if info.shape[0] != info.shape[1]:
+        return LINEAR if bias.shape == info.shape[:1] else CONV1D
+    layer = re.match(r".*?\.\d+\.", path)
+    start = layer[0] if layer else ""
+    kinds = {
+        LINEAR if other.shape == weight.shape[:1] else CONV1D
+        for name, weight in checkpoint.tensors.items()
+        if name.startswith(start)
+        and name.endswith(".weight")
+        and len(weight.shape) == 2
+        and weight.shape[0] != weight.shape[1]
+        and (other := checkpoint.tensors.get(name.removesuffix("weight") + "bias")) is not None
+    }
+    return kinds.pop() if len(kinds) == 1 else None
