@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_export.records import CONV, EXPERTS, LINEAR, Adapter
+from lora_export.records import CONV, EXPERTS, LINEAR, Adapter, tensor_of
 from lora_export.storage import Checkpoint, TensorInfo
 
 CONV1D = "conv1d"  # HF's Conv1D: a linear map stored as (in, out)
@@ -84,9 +84,17 @@ class Architecture:
         return found
 
 
-def tensor_of(path: str, kind: str) -> str:
-    """Return the name of the tensor that an update of `kind` at `path` changes."""
-    return path if kind == EXPERTS else f"{path}.weight"
+def first_in(peft_version: str, is_transposed: bool) -> bool | None:
+    """Return whether PEFT took square fused experts as (experts, in, out); None for no version.
+
+    Up to 0.18 it took every parameter so; 0.19.0 had the two layouts swapped, and 0.19.1 goes by
+    the module's `is_transposed`.
+    """
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", peft_version)
+    if match is None:
+        return None
+    version = tuple(map(int, match.groups()))
+    return version < (0, 19, 0) or is_transposed != (version == (0, 19, 0))
 
 
 def stack(shape: tuple[int, ...], kind: str = LINEAR) -> tuple[int, int, int]:

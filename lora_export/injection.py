@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_export import variants
-from lora_export.config import ALL_LINEAR, LoraConfig, matches, nearest, select
+from lora_export import recomputed, variants
+from lora_export.config import ALL_LINEAR, TRAINABLE, LoraConfig, matches, nearest, select
 from lora_export.errors import AdapterMismatch, InputError, listed
 from lora_export.lora import LoraLayer, layer_class, shape_of
-from lora_export.records import Adapter, Array, Factors
+from lora_export.records import Adapter, Array, Factors, tensor_of, widened
 from lora_export.rounding import TORCH_DTYPES
 from lora_export.storage import fingerprint
 
@@ -94,6 +94,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     layers = {
         path: LoraConfig(pair.rank, pair.alpha, adapter.dropout, variant=adapter.variant)
         for path, pair in adapter.modules.items()
+        if _has_layer(model, adapter, path)
     }
     detach(model)
     _install(model, layers, tuple(adapter.replaced))
@@ -104,12 +105,34 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             layer.lora_A = _parameter(pair.a, layer.weight)
             layer.lora_B = _parameter(pair.b, layer.weight)
         for name, value in adapter.replaced.items():
-            model.get_parameter(name).copy_(torch.from_numpy(value))
+            _tensor(model, name).copy_(torch.from_numpy(widened(value)))
+    recomputed.attach(model, adapter, [path for path in adapter.modules if path not in layers])
+
+
+def _has_layer(model: nn.Module, adapter: Adapter, path: str) -> bool:
+    """Return whether a LoRA layer computes the update at `path`, or it is computed in every call.
+
+    That is for what has no layer of its own, and for weights that are tied with both sides updated.
+    """
+    if adapter.variant not in TRAINABLE or not adapter.modules[path].is_plain:
+        return False
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    own = weights.get(f"{path}.weight")
+    tied = {name for name, value in weights.items() if value is own and own is not None}
+    updated = {tensor_of(other, pair.kind) for other, pair in adapter.modules.items()}
+    return len(tied) < 2 or not tied <= updated
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """Return the parameter or the buffer `name` of `model`."""
+    found: Tensor = model.state_dict(keep_vars=True)[name]
+    return found
 
 
 def detach(model: nn.Module) -> None:
     """Take the LoRA layers out again: plain layers with the base's own bits, heads as they were."""
     state = getattr(model, _STATE, None)
+    recomputed.detach(model)
     for path, layer in lora_layers(model).items():
         if layer.is_merged:
             layer.unmerge()
@@ -117,7 +140,7 @@ def detach(model: nn.Module) -> None:
     if isinstance(state, _State):
         with torch.no_grad():
             for name, value in state.originals.items():
-                model.get_parameter(name).copy_(value)
+                _tensor(model, name).copy_(value)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(state.trainable.get(name, True))
     forget(model)
@@ -136,6 +159,8 @@ def extract(model: nn.Module) -> Adapter:
         InputError: the model has no LoRA layers, or a merged one, or several variants.
     """
     layers = lora_layers(model)
+    if any(recomputed.updates(model)):
+        raise InputError("the model holds updates that have no layer; convert their file instead")
     if not layers:
         raise InputError("the model has no LoRA layers; call inject or load_adapter first")
     kinds = {layer.variant for layer in layers.values()}
@@ -184,14 +209,14 @@ def _known(model: nn.Module) -> dict[str, Any]:
 @contextlib.contextmanager
 def idle(model: nn.Module) -> Iterator[None]:
     """Switch the low-rank updates off within the block; trained heads stay."""
-    layers = lora_layers(model).values()
-    for layer in layers:
-        layer.active = False
+    switches: list[Any] = [*lora_layers(model).values(), *recomputed.updates(model)]
+    for switch in switches:
+        switch.active = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.active = True
+        for switch in switches:
+            switch.active = True
 
 
 @dataclass(frozen=True)
@@ -264,8 +289,10 @@ def _install(model: nn.Module, layers: Mapping[str, LoraConfig], saved: tuple[st
         assert kind is not None, path
         model.set_submodule(path, kind.over(module, config))  # type: ignore[arg-type]
     for name in saved:
-        parameter = model.get_parameter(name).requires_grad_(True)
-        state.originals[name] = parameter.detach().clone()
+        tensor = _tensor(model, name)
+        state.originals[name] = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(True)
     setattr(model, _STATE, state)
 
 
@@ -325,11 +352,15 @@ def _parameters_of(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...
 
 
 def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    tensors = model.state_dict(keep_vars=True)
     faults = []
-    if adapter.variant not in variants.names():
-        faults.append(f"unknown variant {adapter.variant}")
+    variants.check(adapter.variant)
+    updated = {tensor_of(path, pair.kind) for path, pair in adapter.modules.items()}
     for path, pair in adapter.modules.items():
+        if not _has_layer(model, adapter, path):
+            faults += _rebuilt_faults(model, tensor_of(path, pair.kind), updated)
+            continue
         shape = shape_of(modules.get(path))
         if shape is None:
             linear = [name for name, m in modules.items() if layer_class(m)]
@@ -342,13 +373,23 @@ def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
                 f"the model has {shape}"
             )
     for name, value in adapter.replaced.items():
-        if name not in parameters:
-            faults.append(f"{name}: no such parameter (near: {nearest(name, parameters)})")
-        elif tuple(parameters[name].shape) != value.shape:
+        if name not in tensors:
+            faults.append(f"{name}: no such parameter (near: {nearest(name, tensors)})")
+        elif tuple(tensors[name].shape) != value.shape:
             faults.append(
-                f"{name}: adapter has shape {value.shape}, model {tuple(parameters[name].shape)}"
+                f"{name}: adapter has shape {value.shape}, model {tuple(tensors[name].shape)}"
             )
     return faults
+
+
+def _rebuilt_faults(model: nn.Module, name: str, updated: set[str]) -> list[str]:
+    """Return why the parameter `name` cannot be computed anew in every call."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    twins = [other for other, value in known.items() if value is known.get(name)]
+    if name not in known:
+        return [f"{name}: no such parameter (near: {nearest(name, known)})"]
+    others = ", ".join(twin for twin in twins if twin not in updated)
+    return [f"{name}: is shared with {others}; untie them first"] if others else []
 
 
 def _bytes(weight: Tensor) -> tuple[str, tuple[int, ...], bytes]:
@@ -359,7 +400,7 @@ def _bytes(weight: Tensor) -> tuple[str, tuple[int, ...], bytes]:
 
 def _parameter(array: Array, weight: Tensor) -> nn.Parameter:
     """Return `array` as a parameter on the device of `weight`, in the wider dtype of the two."""
-    value = torch.from_numpy(array)
+    value = torch.from_numpy(widened(array))
     dtype = torch.promote_types(value.dtype, weight.dtype)
     return nn.Parameter(value.to(weight.device, dtype, copy=True))
 

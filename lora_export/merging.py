@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_export import storage, variants
+from lora_export import recomputed, storage, variants
 from lora_export.architecture import stack
 from lora_export.errors import InputError
 from lora_export.injection import forget, lora_layers
@@ -45,10 +45,11 @@ def merge(model: nn.Module, *, in_place: bool = False) -> nn.Module:
             then left as it was.
     """
     layers = lora_layers(model)
-    if not layers:
+    if not layers and not any(recomputed.updates(model)):
         raise InputError("the model has no LoRA layers: nothing to merge")
     weights = {path: layer.merged_weight() for path, layer in layers.items()}
     result = model if in_place else copy.deepcopy(model)
+    recomputed.merge(result)
     for path, weight in weights.items():
         layer = result.get_submodule(path)
         plain = layer.plain()  # type: ignore[operator]

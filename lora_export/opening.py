@@ -17,7 +17,7 @@ from lora_export.adapter import locate, read_adapter
 from lora_export.architecture import Architecture, Link, names_of
 from lora_export.errors import AdapterMismatch, InputError, listed
 from lora_export.plan import LAYOUTS, TIED, Choices, MergePlan, plan
-from lora_export.records import Adapter, FileDigest, Reading
+from lora_export.records import EXPERTS, Adapter, FileDigest, Reading
 from lora_export.refusals import refused
 from lora_export.storage import Checkpoint
 
@@ -94,6 +94,7 @@ class Job:
     source: Path  # of the adapter
     origin: str  # how the base was found
     options: Options
+    live: Adapter  # under the names of the model, with the variant that is merged
 
     def places(self, data: Path | None = None) -> tuple[Path, ...]:
         """Return the paths of everything that goes in."""
@@ -168,6 +169,27 @@ def open_job(adapter: str | Path, base: str | None = None, options: Options | No
         source,
         place.origin,
         options,
+        _live(target.adapter, target.architecture, steps),
+    )
+
+
+def _live(adapter: Adapter, found: Architecture, steps: MergePlan) -> Adapter:
+    """Return `adapter` under the names that the model has for what it changes."""
+
+    def named(name: str, end: str) -> str:
+        links = found.names.get(name + end, ())
+        whole = len(links) == 1 and links[0].box is None and links[0].offset is None
+        return links[0].tensor.removesuffix(end) if whole else name
+
+    return dataclasses.replace(
+        adapter,
+        modules={
+            named(path, "" if pair.kind == EXPERTS else ".weight"): pair
+            for path, pair in adapter.modules.items()
+        },
+        replaced={named(name, ""): value for name, value in adapter.replaced.items()},
+        rows={named(path, ".weight"): rows for path, rows in adapter.rows.items()},
+        variant=steps.variant,
     )
 
 

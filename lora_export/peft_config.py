@@ -87,21 +87,17 @@ class PeftConfig:
             return _matches(self.target_modules, path)
         return self.target_modules is None or _ends(path, self.target_modules)
 
-    def leaves(self, path: str) -> list[str]:
+    def leaves(self, path: str, count: int = 1) -> set[str]:
         """Return the parameters of the module at `path` that `target_parameters` names.
 
-        A name without a module means every module that is not a target itself.
+        A name without a module may mean any module that is not a target itself; it counts where
+        `count` parameters are to be explained and the names with a module do not suffice.
         """
-        found = []
-        for name in self.target_parameters:
-            parent, _, leaf = name.rpartition(".")
-            if (
-                _ends(path, [parent])
-                if parent
-                else not (self.target_modules and self.targets(path))
-            ):
-                found.append(leaf)
-        return found
+        split = [name.rpartition(".")[::2] for name in self.target_parameters]
+        named = {leaf for parent, leaf in split if parent and _ends(path, [parent])}
+        if len(named) >= count or (self.target_modules and self.targets(path)):
+            return named
+        return named | {leaf for parent, leaf in split if not parent}
 
     def indices_of(self, path: str) -> tuple[int, ...] | None:
         """Return the trained rows of the embedding at `path`, or None where none are named."""

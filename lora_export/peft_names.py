@@ -67,7 +67,7 @@ _IDLE = (
     (re.compile(r"\.original_module\."), "PEFT's copy of the untrained module"),
     (re.compile(r"\.token_adapter\.(base_layer|trainable_tokens_original)"), "PEFT's own copy"),
 )
-_SAVED = re.compile(r"\.modules_to_save(\.(?P<name>[^.]+))?(?=\.[^.]+$)")
+_SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 _ODD = re.compile(r"(^|\.)(lora_|token_adapter|modules_to_save)")
 # PEFT nests its wrappers in the order in which a module registers its parameters.
 _REGISTERED = (
@@ -257,7 +257,7 @@ def _by_path(
         nested[bare.replace(".base_layer.", ".")][depth] = dict(held)
     result = {}
     for path, depths in nested.items():
-        leaves = sorted(set(stated.leaves(path)), key=_registration)
+        leaves = sorted(stated.leaves(path, len(depths)), key=_registration)
         if not leaves:
             if len(depths) > 1:
                 faults.append(refused("unknown-tensor", path, "nested wrappers"))

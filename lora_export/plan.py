@@ -19,12 +19,22 @@ from lora_export.architecture import (
     Layer,
     Link,
     Span,
+    first_in,
     stack,
-    tensor_of,
 )
 from lora_export.config import matches, nearest
 from lora_export.errors import AdapterMismatch, InputError, listed
-from lora_export.records import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Array, Factors, is_float
+from lora_export.records import (
+    CONV,
+    EMBEDDING,
+    EXPERTS,
+    LINEAR,
+    Adapter,
+    Array,
+    Factors,
+    is_float,
+    tensor_of,
+)
 from lora_export.refusals import refused
 from lora_export.storage import Checkpoint, TensorInfo, dtype_name, fingerprint
 
@@ -330,16 +340,13 @@ class _Planner:
         """Return whether square experts are stored as (in, out), or note the fault."""
         if self.choices.expert_layout:
             return self.choices.expert_layout == "in-out"
-        version = _version(str(self.adapter.fields.get("peft_version") or ""))
-        if version is None:
+        version = str(self.adapter.fields.get("peft_version") or "")
+        in_first = first_in(version, layer.out_first is False)
+        if in_first is None:
             self.faults.append(refused("expert-layout", path, "no peft_version"))
             return None
-        # Up to 0.18 PEFT took every parameter as (experts, in, out); 0.19.0 had the two swapped.
-        in_first = version < (0, 19, 0) or (layer.out_first is False) != (version == (0, 19, 0))
         order = "in-out" if in_first else "out-in"
-        self.notes.append(
-            f"{path}: square experts read as {order}, as PEFT {'.'.join(map(str, version))} does"
-        )
+        self.notes.append(f"{path}: square experts read as {order}, as PEFT {version} does")
         return in_first
 
     def _lay(self, path: str, pair: Factors, links: tuple[Link, ...], transposed: bool) -> None:
@@ -479,7 +486,7 @@ class _Planner:
             for name in promises.adapted
             if "." in name
             and layers.get(name, Layer(OTHER)).kind != OTHER
-            and f"{name}.weight" not in adapted
+            and f"{name}.weight" not in adapted | held
         ]
         if unadapted := [
             path
@@ -700,11 +707,6 @@ def _same_update(one: Factors, other: Factors) -> bool:
 
 def _equal(one: Array, other: Array) -> bool:
     return one.shape == other.shape and bool((one == other).all())
-
-
-def _version(text: str) -> tuple[int, int, int] | None:
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", text)
-    return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
 # ---------------------------------------------------------------- the base's identity

@@ -77,6 +77,11 @@ class Rows:
     values: Array  # (rows, dim)
 
 
+def tensor_of(path: str, kind: str) -> str:
+    """Return the name of the tensor that an update of `kind` at `path` changes."""
+    return path if kind == EXPERTS else f"{path}.weight"
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """A digest of the base tensors that an adapter touches, as they were when it was trained."""

@@ -139,10 +139,10 @@ def _refuse_altered(folder: Path) -> None:
 def load_unmerged(job: Job) -> nn.Module:
     """Return the base with its live LoRA layers: what the adapter's author evaluated."""
     config = copy.deepcopy(job.config)
-    model = models.load(job.base, config, provided=job.adapter.replaced)
+    model = models.load(job.base, config, provided=job.live.replaced)
     if hasattr(config, "use_cache"):
         config.use_cache = False
-    attach(model, job.adapter)
+    attach(model, job.live)
     return model.eval().requires_grad_(False)
 
 

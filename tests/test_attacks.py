@@ -10,10 +10,25 @@ import torch
 import transformers
 from hand_made import edit_tensors
 
-from lora_export import LoraConfig, heads, inject, pipeline, save_adapter, stages, storage, timing
+from lora_export import (
+    LoraConfig,
+    heads,
+    inject,
+    models,
+    pipeline,
+    read_adapter,
+    save_adapter,
+    storage,
+    timing,
+)
+from lora_export.architecture import names_of
 from lora_export.errors import AdapterMismatch, InputError
 from lora_export.formats import peft
-from lora_export.records import BaseRef
+from lora_export.opening import DTYPES, Options, open_job
+from lora_export.plan import plan
+from lora_export.records import Adapter, BaseRef, TensorSpec
+from lora_export.refusals import TABLE
+from lora_export.resolving import architecture
 
 
 @pytest.fixture
@@ -31,7 +46,7 @@ def adapter(tiny_base, tiny_adapter, tmp_path):
 def peft_adapter(adapter, tmp_path):
     """The same adapter as PEFT would have written it, with its usual list of heads."""
     folder = tmp_path / "peft"
-    peft.write(stages.read_adapter(adapter), folder)
+    peft.write(read_adapter(adapter), folder)
     edit_json(folder / "adapter_config.json", modules_to_save=["classifier", "score"])
     return folder
 
@@ -59,7 +74,7 @@ def test_an_unmerged_model_is_no_base(adapter, tiny_base, classifier_of, fill, t
     inject(model, LoraConfig(targets=("query",)))
     fill(model).save_pretrained(tmp_path / "d")
     with pytest.raises(AdapterMismatch, match="the base holds an unmerged adapter"):
-        stages.open_job(adapter, str(tmp_path / "d"))
+        open_job(adapter, str(tmp_path / "d"))
 
 
 def test_a_lost_head_is_not_replaced_by_the_bases_own(
@@ -74,7 +89,7 @@ def test_a_lost_head_is_not_replaced_by_the_bases_own(
 
     edit_tensors(peft_adapter / "adapter_model.safetensors", lose)
     with pytest.raises(AdapterMismatch, match="classifier: trained whole by the config, absent"):
-        stages.open_job(peft_adapter, str(base))
+        open_job(peft_adapter, str(base))
 
 
 def lose_layer(arrays):
@@ -85,13 +100,13 @@ def lose_layer(arrays):
 def test_a_lost_layer_that_the_config_names_in_full_is_refused(adapter):
     edit_tensors(adapter, lose_layer)
     with pytest.raises(AdapterMismatch, match=r"layer\.1\.\S+: adapted by the config, absent"):
-        stages.open_job(adapter)
+        open_job(adapter)
 
 
 def test_a_lost_layer_that_the_config_names_by_its_end_is_noted(peft_adapter):
     edit_tensors(peft_adapter / "adapter_model.safetensors", lose_layer)
     edit_json(peft_adapter / "adapter_config.json", target_modules=["query", "value"])
-    notes = " ".join(stages.open_job(peft_adapter).plan.notes)
+    notes = " ".join(open_job(peft_adapter).plan.notes)
     assert "the file has no pair for them: bert.encoder.layer.1.attention.self.query" in notes
 
 
@@ -102,25 +117,32 @@ def test_two_tensors_for_one_place_are_refused(peft_adapter):
 
     edit_tensors(peft_adapter / "adapter_model.safetensors", double)
     with pytest.raises(InputError, match="a second lora_A for"):
-        stages.open_job(peft_adapter)
+        open_job(peft_adapter)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("use_rslora", "false", "use_rslora is 'false'; expected true or false"),
-        ("new_variant_2027", {"on": True}, "new_variant_2027 is set, and not known"),
+        ("new_variant_2027", {"on": True}, TABLE["unknown-field"].why),
+        ("new_variant_2027", {"on": True}, "new_variant_2027 is {'on': True}"),
         ("task_type", ["a"], r"task_type is \['a'\]; expected a text"),
         ("base_model_name_or_path", 5, "base_model_name_or_path is 5; expected a text"),
         ("revision", 5, "revision is 5; expected a text"),
-        ("task_type", "SEQUENCE_CLASSIFICATION", "known: SEQ_CLS"),
         ("alpha_pattern", {"(": 1}, r"bad regular expression '\('"),
     ],
 )
 def test_a_config_that_is_not_understood_is_refused(peft_adapter, field, value, message):
     edit_json(peft_adapter / "adapter_config.json", **{field: value})
     with pytest.raises(InputError, match=message):
-        stages.open_job(peft_adapter)
+        open_job(peft_adapter)
+
+
+def test_a_task_that_is_not_known_is_not_guessed(peft_adapter):
+    """The base has no head and the task names no class: nothing says what the head belongs to."""
+    edit_json(peft_adapter / "adapter_config.json", task_type="SEQUENCE_CLASSIFICATION")
+    with pytest.raises(AdapterMismatch, match=r"classifier\.weight: no such tensor"):
+        open_job(peft_adapter)
 
 
 def test_a_merge_that_was_altered_is_not_exported(adapter, tmp_path):
@@ -173,17 +195,17 @@ def test_a_head_of_any_size_keeps_its_labels_without_being_told(tiny_base, fill,
 
 def test_one_side_of_a_tie_is_not_replaced_alone(tiny, tmp_path):
     tiny("gpt2").save_pretrained(tmp_path / "base")
-    adapter = stages.Adapter(
+    adapter = Adapter(
         modules={},
         replaced={"lm_head.weight": np.ones((100, 32), np.float32)},
         variant="lora",
     )
     config = transformers.AutoConfig.from_pretrained(tmp_path / "base")
-    from lora_export import models
-    from lora_export.plan import plan
-
-    with pytest.raises(AdapterMismatch, match=r"lm_head\.weight: is shared with transformer\.wte"):
-        plan(adapter, storage.Checkpoint.open(tmp_path / "base"), models.blank(config))
+    base = storage.Checkpoint.open(tmp_path / "base")
+    found = architecture(models.blank(config), base, names_of(adapter))
+    message = rf"lm_head\.weight: {TABLE['tied'].case} \(shared with transformer\.wte\.weight\)"
+    with pytest.raises(AdapterMismatch, match=message):
+        plan(adapter, base, found)
 
 
 def test_a_base_whose_config_is_nonsense_is_an_input_error(adapter, tiny_base, tmp_path):
@@ -193,7 +215,7 @@ def test_a_base_whose_config_is_nonsense_is_an_input_error(adapter, tiny_base, t
         shutil.copy(tiny_base / "config.json", base / "config.json")
         edit_json(base / "config.json", **change)
         with pytest.raises(InputError, match="config"):
-            stages.open_job(adapter, str(base))
+            open_job(adapter, str(base))
 
 
 def test_an_encoder_decoder_is_refused_by_name(tiny_base, tmp_path):
@@ -239,12 +261,12 @@ def test_wide_outputs_are_compared_on_fewer_inputs(tiny, tiny_base, monkeypatch,
     from lora_export import inputs
 
     signature = inputs.Signature(
-        (), (stages.models.TensorSpec("logits", "float32", ("batch", "sequence", 1000)),), 64, 99, 0
+        (), (TensorSpec("logits", "float32", ("batch", "sequence", 1000)),), 64, 99, 0
     )
     signature = dataclasses.replace(
         signature,
         inputs=tuple(
-            stages.models.TensorSpec(name, "int64", ("batch", "sequence"))
+            TensorSpec(name, "int64", ("batch", "sequence"))
             for name in ("input_ids", "attention_mask")
         ),
     )
@@ -256,15 +278,16 @@ def test_wide_outputs_are_compared_on_fewer_inputs(tiny, tiny_base, monkeypatch,
 
 
 def test_a_dtype_that_is_not_known_is_not_taken_for_keep(adapter):
-    with pytest.raises(InputError, match="dtype is 'int8'; expected keep, float32, bfloat16"):
-        stages.open_job(adapter, dtype="int8")
+    known = ", ".join(["keep", *DTYPES])
+    with pytest.raises(InputError, match=f"dtype is 'int8'; expected one of {known}"):
+        open_job(adapter, options=Options(dtype="int8"))
 
 
 def test_the_command_offers_the_dtypes_that_a_merge_knows():
     from lora_export.cli.merge import command
 
     (option,) = [p for p in command.params if p.name == "dtype"]
-    assert list(option.type.choices) == ["keep", *stages.DTYPES]
+    assert list(option.type.choices) == ["keep", *DTYPES]
 
 
 def test_a_neighbour_with_a_longer_suffix_is_no_part_of_an_artifact(adapter, tmp_path):

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lora_export import auditing, checks, pipeline, stages, storage
+from lora_export import auditing, checks, pipeline, storage
+from lora_export.opening import Options, open_job
 from lora_export.records import Evidence
 from lora_export.storage import Checkpoint, NewTensor
 
@@ -15,7 +16,7 @@ def merged(tiny_base, tiny_adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("audit")
     path, _ = tiny_adapter(folder, str(tiny_base))
     pipeline.merge_files(path, out=folder / "merged")
-    return stages.open_job(path), Checkpoint.open(folder / "merged")
+    return open_job(path), Checkpoint.open(folder / "merged")
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_the_share_lost_in_rounding_grows_with_a_narrower_dtype(merged, tmp_path
     job, written = merged
     fine = auditing.weights(job.plan, job.adapter, job.checkpoint, written)
     pipeline.merge_files(job.source, out=tmp_path / "bf16", dtype="bfloat16")
-    narrow = stages.open_job(job.source, dtype="bfloat16")
+    narrow = open_job(job.source, options=Options(dtype="bfloat16"))
     coarse = auditing.weights(
         narrow.plan, job.adapter, job.checkpoint, Checkpoint.open(tmp_path / "bf16")
     )

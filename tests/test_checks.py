@@ -9,7 +9,7 @@ from hand_made import LOGITS, evidence, recordings
 from lora_export import checks, registry
 from lora_export.records import Evidence, Status
 
-SCOPES = {checks.MERGE, checks.EXPORT, checks.RUN}
+SCOPES = {checks.MERGE, checks.EXPORT, checks.RUN, checks.VERIFY}
 FIELDS = {
     "account": None, "weights": (), "modules": None, "signature": None, "artifacts": (),
     "batches": (), "recordings": {}, "timings": (), "files": (),

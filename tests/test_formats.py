@@ -1,20 +1,23 @@
 """Adapter files, ours and PEFT's. PEFT is a test-only witness: it never runs in the package."""
 
 import json
+import re
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import peft
 import pytest
 import safetensors.numpy
 import torch
 
-from lora_export import Adapter, BaseRef, LoraConfig, inject, read_adapter
+from lora_export import Adapter, BaseRef, LoraConfig, inject, read_adapter, storage
 from lora_export.errors import InputError
 from lora_export.formats import native
 from lora_export.formats import peft as peft_directory
 from lora_export.injection import attach, describe
-from lora_export.records import Factors, Fingerprint
+from lora_export.records import Factors, Fingerprint, Reading
+from lora_export.refusals import TABLE
 
 PREFIX = "base_model.model."
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -279,12 +282,14 @@ def test_an_adapter_saved_by_peft_has_pefts_updates(tiny, tmp_path, family, sett
 
 # PEFT looks for the named base on the hub, which is out of reach here.
 @pytest.mark.filterwarnings("ignore:Could not find a config file in org/base:UserWarning")
-def test_the_base_that_peft_names_is_kept(tiny, tmp_path):
+def test_the_base_that_peft_names_is_kept_with_the_class_that_it_trained(tiny, tmp_path):
     model = tiny("bert")
     model.config.name_or_path = "org/base"
     model.name_or_path = "org/base"
     _saved_by_peft(model, tmp_path / "a", target_modules=["query"], revision="v2")
-    assert read_adapter(tmp_path / "a").base == BaseRef("org/base", "v2")
+    assert read_adapter(tmp_path / "a").base == BaseRef(
+        "org/base", "v2", "BertForSequenceClassification"
+    )
 
 
 def test_a_bias_that_the_config_promises_and_the_file_lacks_is_noted(tmp_path):
@@ -344,16 +349,18 @@ def test_factors_that_do_not_fit_each_other_are_refused(tmp_path):
     _refused(tmp_path, r"lora_A \(2, 32\) and lora_B \(32, 3\) do not form a pair", tensors=tensors)
 
 
+# What a config may say wrong, field by field, stands in test_peft_config.py.
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "DoRA is not supported yet"),
-        ({"lora_bias": True}, "a bias in lora_B is not supported yet"),
-        ({"layer_replication": [[0, 2]]}, "layer replication"),
-        ({"target_parameters": ["experts.w"]}, "fused experts"),
-        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4', which changed the base"),
-        ({"init_lora_weights": "olora"}, "'olora', which changed the base"),
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; expected 'LORA'"),
+        ({"use_dora": True}, "config says use_dora, the file holds no lora_magnitude_vector"),
+        ({"lora_bias": True}, r"config says lora_bias, the file holds no lora_B\.bias"),
+        ({"kasa_config": {"beta": 1}}, "config says kasa_config, the file holds no lora_diag"),
+        ({"peft_type": "ADALORA", "init_r": 2}, "says peft_type ADALORA, the file holds no lora_E"),
+        ({"peft_type": "LOHA"}, rf"{TABLE['peft-type'].case} \(peft_type is 'LOHA'\)"),
+        ({"alora_invocation_tokens": [1, 2]}, TABLE["alora"].why),
+        ({"arrow_config": {"top_k": 2}}, TABLE["arrow"].why),
+        ({"use_qalora": True}, TABLE["qalora"].why),
         ({"r": 0}, "config: r is 0"),
         ({"lora_alpha": None}, "config: lora_alpha is None"),
         ({"lora_alpha": -4}, "config: lora_alpha is -4"),
@@ -375,23 +382,62 @@ def test_a_config_that_cannot_be_merged_exactly_is_refused(tmp_path, config, mes
 
 def test_patterns_whose_order_decides_are_refused(tmp_path):
     patterns = {"query": 2, "self.query": 4}
-    _refused(tmp_path, "alpha_pattern is ambiguous", config={"alpha_pattern": patterns})
+    _refused(tmp_path, TABLE["pattern-order"].why, config={"alpha_pattern": patterns})
+
+
+@pytest.mark.parametrize(("order", "alpha"), [("first", 2), ("last", 4)])
+def test_patterns_whose_order_decides_are_read_in_the_order_that_the_caller_says(
+    tmp_path, order, alpha
+):
+    patterns = {"query": 2, "self.query": 4}
+    _peft_files(tmp_path, config={"alpha_pattern": patterns})
+    pair = read_adapter(tmp_path, reading=Reading(pattern_order=order)).modules[QUERY]
+    assert (pair.alpha, pair.scale) == (alpha, alpha / 2)
 
 
 @pytest.mark.parametrize(
-    ("key", "message"),
+    ("key", "shape", "message"),
     [
-        (f"{QUERY}.lora_A.weight", "does not begin with base_model.model"),
-        (f"{PREFIX}bert.x.lora_embedding_A", "a kind of tensor that this version cannot merge"),
-        (f"{PREFIX}{QUERY}.lora_magnitude_vector", "cannot merge"),
-        (f"{PREFIX}{QUERY}.lora_B.bias", "cannot merge"),
-        (f"{PREFIX}classifier.modules_to_save.default.weight", "cannot merge"),
-        (f"{PREFIX}{QUERY}.base_layer.weight", "cannot merge"),
+        (f"{PREFIX}{QUERY}.lora_C.weight", (2, 2), TABLE["unknown-tensor"].case),
+        (f"{PREFIX}{QUERY}.lora_A.base_layer.x.weight", (2, 2), TABLE["unknown-tensor"].case),
+        ("lora_A.weight", (2, 32), TABLE["unknown-tensor"].case),
+        (f"{PREFIX}bert.x.lora_embedding_A", (2, 2), "bert.x: lora_embedding_B is missing"),
+        (f"{PREFIX}{QUERY}.lora_embedding_B", (32, 2), "lora_embedding_A is missing"),
+        (f"{PREFIX}{QUERY}.lora_magnitude_vector", (32,), "the config says use_dora false"),
+        (f"{PREFIX}{QUERY}.lora_B.bias", (32,), "the config says lora_bias false"),
+        (f"{PREFIX}{QUERY}.lora_diag", (2,), "the config says neither KaSA nor AdaLoRA"),
+        (f"{PREFIX}{QUERY}.lora_E", (2, 1), "the config says neither KaSA nor AdaLoRA"),
+        (
+            f"{PREFIX}bert.x.token_adapter.trainable_tokens_delta",
+            (2, 32),
+            "bert.x: the file holds trained rows, the config names none",
+        ),
     ],
 )
-def test_a_tensor_that_is_not_understood_is_refused_by_name(tmp_path, key, message):
-    tensors = {**_tensors(), key: np.ones((2, 2), np.float32)}
-    _refused(tmp_path, rf"{key}: .*{message}", tensors=tensors)
+def test_a_tensor_that_is_not_understood_is_refused_by_name(tmp_path, key, shape, message):
+    tensors = {**_tensors(), key: np.ones(shape, np.float32)}
+    _refused(tmp_path, re.escape(message), tensors=tensors)
+
+
+# Each of these was refused once.
+def test_a_pair_without_pefts_prefix_is_read_with_a_note(tmp_path):
+    tensors = {key.removeprefix(PREFIX): value for key, value in _tensors().items()}
+    adapter = read_adapter(_peft_files(tmp_path, tensors=tensors))
+    assert adapter.modules.keys() == {QUERY}
+    assert any("2 tensors have no prefix" in note for note in adapter.notes)
+
+
+@pytest.mark.parametrize("end", ["modules_to_save.default.weight", "weight"])
+def test_a_trained_head_is_read_with_and_without_pefts_wrapper(tmp_path, end):
+    tensors = {**_tensors(), f"{PREFIX}classifier.{end}": np.ones((2, 2), np.float32)}
+    adapter = read_adapter(_peft_files(tmp_path, tensors=tensors))
+    assert adapter.replaced.keys() == {"classifier.weight"}
+
+
+def test_a_whole_weight_under_the_name_of_pefts_wrapper_is_read(tmp_path):
+    tensors = {**_tensors(), f"{PREFIX}{VALUE}.base_layer.weight": np.ones((2, 2), np.float32)}
+    adapter = read_adapter(_peft_files(tmp_path, tensors=tensors))
+    assert adapter.replaced.keys() == {f"{VALUE}.weight"}
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int8, np.bool_])
@@ -400,10 +446,18 @@ def test_factors_that_are_no_floats_are_refused(tmp_path, kind):
     _refused(tmp_path, "lora_A", tensors=tensors)
 
 
-def test_half_precision_factors_are_widened(tmp_path):
-    tensors = {name: value.astype(np.float16) for name, value in _tensors().items()}
-    pair = read_adapter(_peft_files(tmp_path, tensors=tensors)).modules[QUERY]
-    assert (pair.a.dtype, pair.b.dtype) == (np.float32, np.float32)
+@pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_factors_keep_the_dtype_of_the_file(tmp_path, kind):
+    """Widened early, an adapter would be saved larger than it was; they are widened when used."""
+    tensors = {name: value.astype(kind) for name, value in _tensors().items()}
+    _peft_files(tmp_path)
+    storage.write_safetensors(
+        tmp_path / "adapter_model.safetensors",
+        [storage.NewTensor.of(name, value) for name, value in tensors.items()],
+        {},
+    )
+    pair = read_adapter(tmp_path).modules[QUERY]
+    assert (pair.a.dtype, pair.b.dtype) == (kind, kind)
     np.testing.assert_array_equal(pair.a, tensors[f"{PREFIX}{QUERY}.lora_A.weight"])
 
 
@@ -413,27 +467,70 @@ def test_a_file_with_heads_only_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", ["DoRA", r"config: r is -1", r"lora_A is missing", r"stray: does not begin", "NaN"]
+    "fault",
+    [
+        "lora_A is missing",
+        r"classifier\.bias: 1 of 2 values are NaN",
+        rf"{QUERY}\.lora_C: {re.escape(TABLE['unknown-tensor'].case)}",
+        r"no\.pair: lora_B is missing",
+    ],
 )
-def test_all_faults_are_listed_at_once(tmp_path, fault):
+def test_all_faults_of_the_tensors_are_listed_at_once(tmp_path, fault):
+    _refused(tmp_path, fault, tensors=_faulty())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "config: r is -1",
+        "lora_dropout is 2",
+        TABLE["qalora"].why,
+        "expected true or false",
+        # The tensors are looked at by themselves, whatever the config.
+        r"classifier\.bias: 1 of 2 values are NaN",
+        rf"{QUERY}\.lora_C: {re.escape(TABLE['unknown-tensor'].case)}",
+    ],
+)
+def test_all_faults_of_the_config_are_listed_at_once(tmp_path, fault):
+    config = {"r": -1, "lora_dropout": 2, "use_qalora": True, "use_dora": "yes"}
+    _refused(tmp_path, fault, config=config, tensors=_faulty())
+
+
+def _faulty():
     tensors = _tensors()
     del tensors[f"{PREFIX}{QUERY}.lora_A.weight"]
-    tensors["stray"] = np.ones(1, np.float32)
+    tensors["no.pair.lora_A.weight"] = np.ones((2, 4), np.float32)
+    tensors[f"{PREFIX}{QUERY}.lora_C"] = np.ones(1, np.float32)
     tensors[f"{PREFIX}classifier.bias"] = np.array([np.nan, 1], np.float32)
-    _refused(tmp_path, fault, config={"use_dora": True, "r": -1}, tensors=tensors)
+    return tensors
 
 
-def test_a_pickle_is_refused_and_never_opened(tmp_path):
+def test_a_pickle_that_is_no_archive_is_refused_and_never_opened(tmp_path):
     _peft_files(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(InputError, match=r"holds a pickle \(adapter_model\.bin\)"):
+    with pytest.raises(InputError, match=TABLE["pickle"].remedy) as caught:
         read_adapter(tmp_path)
+    assert "adapter_model.bin" in str(caught.value)
+
+
+def test_a_pickle_of_tensors_reads_as_the_safetensors_file_does(tmp_path):
+    for name in ("safe", "old"):
+        (tmp_path / name).mkdir()
+        _peft_files(tmp_path / name)
+    tensors = {name: torch.from_numpy(value) for name, value in _tensors().items()}
+    torch.save(tensors, tmp_path / "old" / "adapter_model.bin")
+    (tmp_path / "old" / "adapter_model.safetensors").unlink()
+    safe, old = (read_adapter(tmp_path / name) for name in ("safe", "old"))
+    _assert_same_tensors(safe, old)
+    assert (safe.variant, safe.notes) == (old.variant, old.notes)
+    assert safe.sha256 != old.sha256
 
 
 def test_a_peft_directory_without_weights_is_refused(tmp_path):
     _peft_files(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"cannot read .*adapter_model\.safetensors"):
+    neither = r"neither adapter_model\.safetensors nor adapter_model\.bin"
+    with pytest.raises(InputError, match=neither):
         read_adapter(tmp_path)
 
 

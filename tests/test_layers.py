@@ -9,18 +9,18 @@ import lora_export
 
 ROOT = Path(lora_export.__file__).parent
 ORDER = [
-    "errors", "records", "registry", "storage", "publishing", "config", "rounding", "variants",
-    "lora",
-    "injection", "peft_names", "formats", "adapter", "bases", "models", "plan", "merging",
-    "auditing", "compare", "runners", "inputs", "exporters", "timing", "checks", "measurements",
-    "environment", "codec", "report", "judging", "stages", "pipeline", "cli",
-    "__main__",
+    "errors", "refusals", "records", "registry", "storage", "architecture", "pickles", "publishing", "config",
+    "rounding", "variants", "lora", "recomputed", "injection", "peft_config", "peft_names", "formats", "bases",
+    "adapter", "normalising", "conversion", "models", "resolving", "plan",
+    "merging", "auditing", "compare", "runners", "inputs", "exporters", "timing", "checks",
+    "measurements", "environment", "codec", "report", "judging", "opening", "inspection", "stages",
+    "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {
     "onnx": {"exporters/onnx.py"},
     "onnxruntime": {"runners/onnx.py"},
-    "transformers": {"models.py", "lora.py"},
+    "transformers": {"models.py", "resolving.py", "lora.py"},
     "huggingface_hub": {"bases.py"},
     "click": {"cli"},
     "rich": {"cli"},

@@ -7,14 +7,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_export import LoraConfig, LoraConv1D, LoraLinear, variants
+from lora_export import LoraConfig, LoraConv1D, LoraLinear
+from lora_export.config import TRAINABLE
 from lora_export.errors import InputError
 from lora_export.lora import layer_class
 
 IN, OUT, RANK, ALPHA = 5, 7, 3, 12.0
 SCALES = {"lora": ALPHA / RANK, "rslora": ALPHA / RANK**0.5}
 KINDS = pytest.mark.parametrize("kind", [LoraLinear, LoraConv1D])
-VARIANTS = pytest.mark.parametrize("variant", variants.names())
+VARIANTS = pytest.mark.parametrize("variant", TRAINABLE)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 

@@ -6,11 +6,12 @@ import torch
 import transformers
 from torch import nn
 
-from lora_export import LoraConfig, heads, inject, pipeline, save_adapter, stages, storage
+from lora_export import LoraConfig, heads, inject, pipeline, save_adapter, storage
 from lora_export.config import ALL_LINEAR
 from lora_export.errors import InputError
 from lora_export.injection import lora_layers
 from lora_export.merging import merge
+from lora_export.opening import open_job
 from lora_export.records import BaseRef
 from lora_export.storage import Checkpoint
 
@@ -167,7 +168,9 @@ def test_the_same_inputs_give_the_same_bytes(from_files, tmp_path):
 def test_provenance_names_inputs_and_scale(from_files):
     known = json.loads((from_files[0] / "lora_export.json").read_text())
     assert known["adapter"]["sha256"] == storage.sha256(from_files[0].parent / "sst2.safetensors")
-    assert {entry["scale"] for entry in known["merged"].values()} == {2.0}
+    assert known["merged"]
+    for tensor, updates in known["merged"].items():
+        assert updates == {tensor.removesuffix(".weight"): {"rank": 4, "scale": 2.0}}
     assert known["placed"] == ["classifier.bias", "classifier.weight"]
 
 
@@ -230,7 +233,7 @@ def test_the_language_head_of_a_pretrained_base_is_dropped_with_a_reason(
     inject(model, LoraConfig(rank=4, modules_to_save=heads(model)))
     path = tmp_path / "a.safetensors"
     save_adapter(fill(model), path, base=BaseRef(id=str(tmp_path / "base")))
-    job = stages.open_job(path)
+    job = open_job(path)
     assert job.plan.dropped
     assert set(job.plan.dropped.values()) == {f"not a tensor of {classifier.__name__}"}
     assert pipeline.merge_files(path, out=tmp_path / "merged").ok

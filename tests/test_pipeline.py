@@ -10,6 +10,7 @@ import transformers
 
 from lora_export import checks, codec, exporters, judging, pipeline, stages, storage, timing
 from lora_export.errors import AdapterMismatch, ExportFailed, InputError
+from lora_export.opening import open_job
 from lora_export.records import Evidence, Status
 
 
@@ -253,7 +254,7 @@ def test_an_adapter_for_another_base_leaves_nothing(tiny_base, tiny_adapter, tmp
 def test_an_adapter_that_names_no_base_needs_one(tiny_adapter, tmp_path):
     path, _ = tiny_adapter(tmp_path)
     with pytest.raises(InputError, match="names no base model; pass --base"):
-        stages.open_job(path)
+        open_job(path)
 
 
 def test_labels_that_the_model_lacks_are_refused(finished, tmp_path):

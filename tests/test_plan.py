@@ -5,23 +5,36 @@ import pytest
 import torch
 import transformers
 
-from lora_export import BaseRef, LoraConfig, inject, models, save_adapter, stages, storage
+from lora_export import BaseRef, LoraConfig, inject, models, save_adapter, storage
 from lora_export.adapter import read_adapter
+from lora_export.architecture import names_of
 from lora_export.errors import AdapterMismatch
-from lora_export.plan import COPY, MERGE, PLACE, plan
-from lora_export.records import Factors
+from lora_export.opening import open_job
+from lora_export.plan import COPY, MERGE, PLACE, Choices, plan
+from lora_export.records import Adapter, Factors
+from lora_export.refusals import TABLE
+from lora_export.resolving import architecture
 from lora_export.storage import Checkpoint
 
 
 @pytest.fixture(scope="module")
 def job(tiny_base, tiny_adapter, tmp_path_factory):
     path, _ = tiny_adapter(tmp_path_factory.mktemp("adapter"), str(tiny_base))
-    return stages.open_job(path)
+    return open_job(path)
 
 
 def planned(job, **changes):
     adapter = dataclasses.replace(job.adapter, **changes)
-    return plan(adapter, job.checkpoint, job.blank)
+    return plan(adapter, job.checkpoint, seen_by(job, adapter))
+
+
+def seen_by(job, adapter, checkpoint=None):
+    """The architecture of the job's model, as it lies in a checkpoint."""
+    return architecture(models.blank(job.config), checkpoint or job.checkpoint, names_of(adapter))
+
+
+def tensors_of(job):
+    return set(models.blank(job.config).state_dict())
 
 
 def test_every_base_tensor_is_in_a_step_or_dropped(job):
@@ -30,11 +43,13 @@ def test_every_base_tensor_is_in_a_step_or_dropped(job):
 
 
 def test_every_tensor_of_the_architecture_is_written(job):
-    assert {step.name for step in job.plan.steps} == set(job.blank.state_dict())
+    assert {step.name for step in job.plan.steps} == tensors_of(job)
 
 
 def test_each_module_of_the_adapter_has_one_merge(job):
-    assert sorted(step.module for step in job.plan.of(MERGE)) == sorted(job.adapter.modules)
+    assert all(len(step.modules) == len(step.parts) == 1 for step in job.plan.of(MERGE))
+    merged = sorted(step.modules[0] for step in job.plan.of(MERGE))
+    assert merged == sorted(job.adapter.modules)
 
 
 def test_the_head_is_placed(job):
@@ -49,7 +64,7 @@ def test_names_get_the_prefix_that_the_architecture_needs(job):
 def test_an_unknown_module_is_named_with_its_neighbours(job):
     modules = dict(job.adapter.modules)
     modules["bert.encoder.layer.0.attention.self.qurey"] = next(iter(modules.values()))
-    with pytest.raises(AdapterMismatch, match=r"self\.qurey: no linear module .*self\.query"):
+    with pytest.raises(AdapterMismatch, match=r"self\.qurey\.weight: no such tensor .*self\.query"):
         planned(job, modules=modules)
 
 
@@ -91,8 +106,9 @@ def test_another_base_is_a_mismatch(job, tiny_base, tmp_path):
     model.save_pretrained(tmp_path)
     other = Checkpoint.open(tmp_path)
     with pytest.raises(AdapterMismatch, match="is not the one that this adapter was trained on"):
-        plan(job.adapter, other, job.blank)
-    allowed = plan(job.adapter, other, job.blank, allow_base_mismatch=True)
+        plan(job.adapter, other, seen_by(job, job.adapter, other))
+    choices = Choices(allow_base_mismatch=True)
+    allowed = plan(job.adapter, other, seen_by(job, job.adapter, other), choices)
     assert allowed.notes[0].startswith("allowed by the caller")
 
 
@@ -106,7 +122,7 @@ def test_a_narrow_base_that_was_widened_for_training_is_recognised(
     inject(model, LoraConfig(modules_to_save=("classifier",)))
     file = tmp_path / "a.safetensors"
     save_adapter(fill(model), file, base=BaseRef(id=str(base)), task_type="SEQ_CLS")
-    notes = stages.open_job(file).plan.notes
+    notes = open_job(file).plan.notes
     assert notes == ("the base has the fingerprint that the adapter was trained on",)
 
 
@@ -123,8 +139,9 @@ def test_old_layer_norm_names_are_understood(job, tmp_path):
     storage.write_safetensors(
         tmp_path / storage.SINGLE, [storage.NewTensor.of(n, a) for n, a in old.items()], {}
     )
-    steps = plan(job.adapter, Checkpoint.open(tmp_path), job.blank).steps
-    assert {step.name for step in steps} == set(job.blank.state_dict())
+    base = Checkpoint.open(tmp_path)
+    steps = plan(job.adapter, base, seen_by(job, job.adapter, base)).steps
+    assert {step.name for step in steps} == tensors_of(job)
 
 
 def test_lora_on_a_tied_weight_is_refused(tiny, tmp_path):
@@ -132,15 +149,11 @@ def test_lora_on_a_tied_weight_is_refused(tiny, tmp_path):
     model.save_pretrained(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     pair = Factors(np.ones((2, 32), np.float32), np.ones((100, 2), np.float32), 4.0, 2.0)
-    adapter = read_only_adapter({"lm_head": pair})
-    with pytest.raises(AdapterMismatch, match=r"lm_head: its weight is shared with model\.dec"):
-        plan(adapter, Checkpoint.open(tmp_path), models.blank(config))
-
-
-def read_only_adapter(modules):
-    from lora_export.records import Adapter
-
-    return Adapter(modules, {}, "lora")
+    adapter, base = Adapter({"lm_head": pair}, {}, "lora"), Checkpoint.open(tmp_path)
+    found = architecture(models.blank(config), base, names_of(adapter))
+    with pytest.raises(AdapterMismatch, match=r"lm_head: .*shared with model\.dec") as caught:
+        plan(adapter, base, found)
+    assert TABLE["tied"].why in str(caught.value)
 
 
 def test_one_trained_layer_is_enough(tiny_base, tiny_adapter, tmp_path):
@@ -152,7 +165,7 @@ def test_one_trained_layer_is_enough(tiny_base, tiny_adapter, tmp_path):
             layer.lora_B.zero_()
     about = {"base": BaseRef(id=str(tiny_base)), "task_type": "SEQ_CLS"}
     save_adapter(model, path, **about)
-    assert len(stages.open_job(path).plan.of(MERGE)) == len(lora_layers(model))
+    assert len(open_job(path).plan.of(MERGE)) == len(lora_layers(model))
 
 
 def test_the_adapter_on_disk_is_what_is_planned(job, tiny_base):

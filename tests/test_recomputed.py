@@ -1,0 +1,87 @@
+"""Live updates of every kind: they answer as PEFT's model does, and leave the base alone."""
+
+import copy
+
+import peft_made
+import pytest
+import torch
+from test_peft_made import distance, marked, peft_answers_wrong
+
+from lora_export import injection, merging, models, opening, recomputed, stages
+from lora_export.errors import AdapterMismatch, InputError
+from lora_export.injection import attach, detach, idle
+from lora_export.lora import LoraLayer
+
+ONE_MODEL = [
+    (architecture, variant)
+    for architecture, variant in peft_made.cases()
+    if not peft_made.VARIANTS[variant].one_sided and "replic" not in variant
+    and peft_made.VARIANTS[variant].autocast and not peft_answers_wrong(architecture, variant)
+]  # fmt: skip
+
+
+def unmerged(made):
+    """Return the base with the adapter attached, as a run loads it."""
+    job = opening.open_job(made.adapter, str(made.base))
+    if job.config is not None:
+        return stages.load_unmerged(job)
+    model = type(made.live.get_base_model()).from_pretrained(made.base)
+    attach(model, job.live)
+    return model.eval()
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("architecture", "variant"), marked(ONE_MODEL))
+def test_attached_merged_and_detached_it_answers_as_it_should(tmp_path, architecture, variant):
+    made = peft_made.make(architecture, variant, "float32", tmp_path)
+    model = unmerged(made)
+    limit = 5e-5 if made.variant.loose else 2e-5
+    assert distance(peft_made.answer(model, made.inputs), made.logits) < limit
+    merged = merging.merge(model)
+    assert distance(peft_made.answer(merged, made.inputs), made.logits) < limit
+    assert not any(isinstance(m, LoraLayer | recomputed.Update) for m in merged.modules())
+    with idle(model):
+        switched_off = peft_made.answer(model, made.inputs)
+    assert distance(switched_off, made.logits) > limit
+    detach(model)
+    assert not any(True for _ in recomputed.updates(model))
+
+
+@pytest.fixture
+def dora(tmp_path):
+    made = peft_made.make("bert", "dora", "float32", tmp_path)
+    return made, unmerged(made)
+
+
+def test_detaching_gives_back_the_bases_own_bits(tmp_path, dora):
+    made, model = dora
+    base = models.load(made.base, model.config, provided=bits(model))
+    detach(model)
+    kept = {n: v for n, v in bits(base).items() if not n.startswith("classifier")}
+    assert all(torch.equal(value, bits(model)[name]) for name, value in kept.items())
+
+
+def test_a_model_with_recomputed_weights_is_not_saved_as_an_adapter(dora):
+    with pytest.raises(InputError, match="no layer"):
+        injection.extract(dora[1])
+
+
+def test_a_wrapped_layer_still_shows_its_own_attributes(dora):
+    layer = next(m for m in dora[1].modules() if isinstance(m, recomputed.Recomputed))
+    assert layer.in_features == layer.base.in_features
+    with pytest.raises(AttributeError):
+        _ = layer.no_such_thing
+
+
+def test_another_shape_is_refused_and_leaves_the_model_alone(tmp_path):
+    made = peft_made.make("bert", "dora", "float32", tmp_path)
+    job = opening.open_job(made.adapter, str(made.base))
+    config = copy.deepcopy(job.config)
+    config.hidden_size, config.intermediate_size = 48, 96
+    model = models.blank(config).to_empty(device="cpu")
+    with pytest.raises(AdapterMismatch, match="adapter"):
+        attach(model, job.live)
+    assert not any(recomputed.updates(model))
