@@ -5,12 +5,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_export.opening import Job
 from lora_export.records import CONV, EMBEDDING, EXPERTS, Adapter, Array, Factors
+
+if TYPE_CHECKING:  # looking at an adapter loads no torch
+    from lora_export.opening import Job
 
 
 def facts(adapter: Adapter) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def facts(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def modules(adapter: Adapter, job: Job | None = None) -> list[dict[str, Any]]:
+def modules(adapter: Adapter, job: "Job | None" = None) -> list[dict[str, Any]]:
     """Return rank, scale and size of the update of every module.
 
     `delta_norm` is the Frobenius norm of s B A; `relative` its share of the base weight's norm,
@@ -82,7 +84,7 @@ def delta_norm(pair: Factors) -> float:
     return float(abs(pair.scale) * math.sqrt(max(total, 0.0)))
 
 
-def _base_norm(job: Job, path: str) -> float:
+def _base_norm(job: "Job", path: str) -> float:
     squares = 0.0
     for step in job.plan.steps:
         if path in step.modules and step.source is not None:

@@ -148,6 +148,7 @@ class _Planner:
             self.links[link.stored].append(link)
         self.renamed: dict[str, str] = {}
         self.ignored = dict(adapter.ignored)
+        self.squares: dict[str, list[str]] = {}  # how square experts were read, and where
         self.placed: dict[str, str] = {}  # the model's tensor -> the adapter's own
         self.onto: dict[str, list[Part]] = defaultdict(list)  # by the adapter's own tensor
 
@@ -346,7 +347,9 @@ class _Planner:
             self.faults.append(refused("expert-layout", path, "no peft_version"))
             return None
         order = "in-out" if in_first else "out-in"
-        self.notes.append(f"{path}: square experts read as {order}, as PEFT {version} does")
+        self.squares.setdefault(
+            f"square experts read as {order}, as PEFT {version} does", []
+        ).append(path)
         return in_first
 
     def _lay(self, path: str, pair: Factors, links: tuple[Link, ...], transposed: bool) -> None:
@@ -529,6 +532,7 @@ class _Planner:
                 "the config says fan_in_fan_out, and no adapted layer is stored so: the layers "
                 "decide"
             )
+        notes += [listed(how, paths) for how, paths in self.squares.items()]
         if strangers := self._strangers():
             notes.append(listed("the config targets what neither file nor model has", strangers))
         if self.choices.residual_base:

@@ -19,7 +19,7 @@ from lora_export import pipeline
 from lora_export.errors import AdapterMismatch
 
 # All variants on the first, all architectures in the second, and what has few cases; else slow.
-QUICK_ARCHITECTURES = ("bert", "gpt2-cls", "llama", "gpt-oss", "gemma")
+QUICK_ARCHITECTURES = ("bert", "gpt2-cls", "llama", "gpt-oss")
 QUICK_VARIANTS = ("plain", "dora")
 # What PEFT writes with names of its own: see `peft_made.reference`.
 QUICK_CASES = (("roberta", "bias-all"), ("roberta", "all-linear"), ("mixtral", "all-linear"))

@@ -2,12 +2,13 @@
 
 import copy
 
+import peft
 import peft_made
 import pytest
 import torch
 from test_peft_made import distance, marked, peft_answers_wrong
 
-from lora_export import injection, merging, models, opening, recomputed, stages
+from lora_export import injection, merging, models, opening, pipeline, recomputed, stages
 from lora_export.errors import AdapterMismatch, InputError
 from lora_export.injection import attach, detach, idle
 from lora_export.lora import LoraLayer
@@ -85,3 +86,21 @@ def test_another_shape_is_refused_and_leaves_the_model_alone(tmp_path):
     with pytest.raises(AdapterMismatch, match="adapter"):
         attach(model, job.live)
     assert not any(recomputed.updates(model))
+
+
+def test_a_run_proves_a_dora_adapter(tmp_path, tiny_base, classifier_of):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query"], use_dora=True)
+    model = peft.get_peft_model(classifier_of(tiny_base), config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.requires_grad:
+                noise = 0.1 * torch.randn_like(value)
+                value.copy_(value * (1 + noise) if "magnitude" in name else value + noise)
+    model.save_pretrained(tmp_path / "adapter")
+    certificate = pipeline.run(
+        tmp_path / "adapter", base=str(tiny_base), out=tmp_path / "run", formats=("torchscript",)
+    )
+    slow = [v for v in certificate.verdicts if not v.passed and v.check != "latency"]
+    assert slow == []
+    assert any("computed anew in every call" in note for note in certificate.settings["notes"])

@@ -225,7 +225,9 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*head, box=None)
+    table = Table(box=None)
+    for title in head:
+        table.add_column(title, overflow="fold")  # a name that is cut short is no name
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     console().print(table)

@@ -30,12 +30,17 @@ def command(
         return
     if adapter is None:
         raise click.UsageError("Missing argument 'ADAPTER'.")
-    from lora_export import inspection, opening
+    from lora_export import inspection
     from lora_export.adapter import read_adapter
+    from lora_export.records import Reading
 
-    wanted = opening.Options(**options)
-    found = read_adapter(adapter, wanted.adapter_format, wanted.reading)
-    job = opening.open_job(adapter, base, wanted) if base else None
+    names = ("alpha", "pattern_order", "expert_b")
+    reading = Reading(**{name: options[name] for name in names})
+    found, job = read_adapter(adapter, options["adapter_format"], reading), None
+    if base:
+        from lora_export import opening
+
+        job = opening.open_job(adapter, base, opening.Options(**options))
     facts, modules = inspection.facts(found), inspection.modules(found, job)
     plan = _shared.plan_facts(job) if job is not None else {}
     if as_json:
