@@ -23,6 +23,7 @@ from lora_export.storage import Checkpoint
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 MOST_LAYERS = 10_000
+TOKENIZER = set(merging.COMPANIONS) - {"generation_config.json", "preprocessor_config.json"}
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,17 @@ class Job:
         return (self.source, self.base) if data is None else (self.source, self.base, data)
 
     def companions(self) -> dict[str, Path]:
-        """Return the files that go beside the weights; of a grown vocabulary, the adapter's."""
+        """Return the files that go beside the weights: of tokenizers, the one trained with."""
         found = merging.companions_of(self.base)
-        if "vocab_size" in self.settings_of_model and self.source.is_dir():
-            found |= merging.companions_of(self.source)
-        return found
+        if not self.own_tokenizer:
+            return found
+        own = {n: f for n, f in merging.companions_of(self.source).items() if n in TOKENIZER}
+        return {name: file for name, file in found.items() if name not in TOKENIZER} | own
+
+    @property
+    def own_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the adapter: it was trained with that one."""
+        return self.source.is_dir() and models.has_tokenizer(self.source)
 
     def inputs(self, data: Path | None = None) -> tuple[FileDigest, ...]:
         """Return the digests of everything that goes in: adapter, base, tokenizer, sentences."""
@@ -123,11 +130,12 @@ class Job:
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """Return what decided the result beside the inputs."""
+        beside = ["the tokenizer is the one beside the adapter"] if self.own_tokenizer else []
         return {
             "base": f"{self.adapter.base.public_id or self.base.name} ({self.origin})",
             **self.options.stated(),
             **more,
-            "notes": [*self.plan.notes, *self.adapter.notes, *_ignored(self.plan)],
+            "notes": [*self.plan.notes, *self.adapter.notes, *_ignored(self.plan), *beside],
         }
 
 

@@ -65,7 +65,7 @@ _IDLE = (
     (re.compile(r"\.lora_monteclora_sampler"), "MonteCLoRA: sampled in training only"),
     (re.compile(r"\.ranknum"), "AdaLoRA: a count"),
     (re.compile(r"\.original_module\."), "PEFT's copy of the untrained module"),
-    (re.compile(r"\.token_adapter\.(base_layer|trainable_tokens_original)"), "PEFT's own copy"),
+    (re.compile(r"\.token_adapter\.trainable_tokens_original"), "PEFT's copy of untrained rows"),
 )
 _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 _ODD = re.compile(r"(^|\.)(lora_|token_adapter|modules_to_save)")
@@ -213,7 +213,7 @@ def _part(name: str, found: _Sorted) -> tuple[str, str]:
             return part, match["path"]
     if match := _SAVED.search(name):
         return "whole", name[: match.start()] + name[match.end() :]
-    return "whole", name.replace(".base_layer.", ".")
+    return "whole", name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
 
 
 def _compare(key: str, known: str, value: Array, found: _Sorted, path: str, part: str) -> None:

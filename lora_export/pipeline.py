@@ -108,8 +108,8 @@ def run(
         settings = job.settings(seed=seed, formats=list(formats), inputs=inputs.summary(batches))
         if count := sum(1 for _ in recomputed.updates(unmerged)):
             settings["notes"].append(
-                f"{count} weights of the unmerged model have no LoRA layer and are computed anew in "
-                "every call: its latency is no measure of PEFT's"
+                f"{count} weights of the unmerged model have no LoRA layer and are computed anew "
+                "in every call: its latency is no measure of PEFT's"
             )
         certificate = certify(evidence, checks.RUN, command, job.inputs(source), settings, threads)
         return publish_evidence(evidence, certificate, folder)

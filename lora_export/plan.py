@@ -219,7 +219,8 @@ class _Planner:
         others = self.architecture.tied(tensor) - {tensor}
         twins = [o for o in others if o in self.adapter.replaced]
         same = all(_equal(self.adapter.replaced[o], value) for o in twins)
-        if others and not (same and len(twins) == len(others)) and self.choices.tied != "both":
+        whole = len(twins) == len(others) or self.choices.tied == "both"
+        if others and not (same and whole):
             self.faults.append(refused("tied", name, f"shared with {', '.join(sorted(others))}"))
         if not any(other in self.placed for other in others):
             self.placed[tensor] = name
@@ -414,6 +415,15 @@ class _Planner:
         links = self._links(f"{path}.weight")
         if not links:
             return
+        others = self.architecture.tied(links[0].tensor) - {links[0].tensor}
+        for other, known in self.adapter.rows.items():
+            if other == path:
+                break
+            if f"{other}.weight" in others and known.indices == self.adapter.rows[path].indices:
+                self.ignored[path] = f"the rows of {other}, whose weight is tied to it"
+                if not _equal(known.values, self.adapter.rows[path].values):
+                    self.faults.append(refused("tied", path, f"other rows than {other}"))
+                return
         rows, shape = self.adapter.rows[path], self.architecture.shapes[links[0].tensor]
         if len(shape) != 2 or shape[1] != rows.values.shape[1]:
             self.faults.append(f"{path}: rows {rows.values.shape}, the base has {shape}")
