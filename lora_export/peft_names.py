@@ -155,6 +155,25 @@ def read(
     )
 
 
+def bare_config(
+    tensors: Mapping[str, TensorInfo] | Mapping[str, Array], alpha: float
+) -> dict[str, Any]:
+    """Return a config for tensors that have none: alpha as given, ranks as the tensors say."""
+    ranks, parts = {}, set()
+    for key, value in tensors.items():
+        part, path = _part(module_name(key)[0], _Sorted())
+        parts.add(part)
+        if part in ("a", "embedding_a") and value.shape and value.shape[0]:
+            ranks[path] = value.shape[0]
+    return {
+        "r": next(iter(ranks.values()), 1),
+        "lora_alpha": alpha,
+        "rank_pattern": {re.escape(path): rank for path, rank in ranks.items()},
+        "use_dora": "magnitude" in parts,
+        "lora_bias": "bias" in parts,
+    }
+
+
 # ---------------------------------------------------------------- names
 
 

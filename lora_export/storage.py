@@ -218,6 +218,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sha256_of(*files: Path) -> str:
+    """Return one digest over several files, in the given order."""
+    return hashlib.sha256("\n".join(map(sha256, files)).encode()).hexdigest()
+
+
 def digest(path: Path, name: str | None = None) -> FileDigest:
     """Return name, size and digest of the file at `path`."""
     return FileDigest(name or path.name, path.stat().st_size, sha256(path))

@@ -9,7 +9,6 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lora_export import formats, peft_names, pickles, storage
 from lora_export.errors import InputError
@@ -18,7 +17,6 @@ from lora_export.refusals import refused
 from lora_export.storage import TensorInfo
 
 _KEY = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
-_A = re.compile(r"(?P<path>.+?)\.lora_(embedding_)?A(\.[^.]+)*")
 
 
 def detect(path: Path) -> bool:
@@ -51,26 +49,10 @@ def read(path: Path, reading: Reading | None = None) -> Adapter:
         raise InputError(f"{path}: no lora_A and lora_B tensors at all")
     if reading.alpha is None:
         raise InputError(refused("no-alpha", str(path)))
-    config = bare_config(tensors, reading.alpha)
+    config = peft_names.bare_config(tensors, reading.alpha)
     adapter = peft_names.read(tensors, config, str(path), reading)
     notes = [note for note in adapter.notes if "where PEFT writes" not in note]
     notes.append(f"the file stores no alpha; {reading.alpha:g} was given by the caller")
     return dataclasses.replace(
         adapter, format="loralib", sha256=storage.sha256(path), notes=tuple(notes)
     )
-
-
-def bare_config(
-    tensors: Mapping[str, TensorInfo] | Mapping[str, Array], alpha: float
-) -> dict[str, Any]:
-    """Return a config in PEFT's fields that says alpha, and of the ranks what the tensors say."""
-    ranks = {}
-    for key, value in tensors.items():
-        name, _ = peft_names.module_name(key)
-        if (match := _A.fullmatch(name)) and value.shape:
-            ranks[match["path"]] = value.shape[0]
-    config: dict[str, Any] = {"r": next(iter(ranks.values()), 1) or 1, "lora_alpha": alpha}
-    pattern = {re.escape(path): rank for path, rank in ranks.items() if rank}
-    dora = any("lora_magnitude_vector" in key for key in tensors)
-    bias = any(re.search(r"\.lora_B(\.[^.]+)?\.bias$", key) for key in tensors)
-    return {**config, "rank_pattern": pattern, "use_dora": dora, "lora_bias": bias}

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -52,32 +51,19 @@ def read(path: Path, reading: Reading | None = None) -> Adapter:
             tensors[name] = np.ascontiguousarray(info.stored().T)
     if faults:
         raise InputError(listed(f"cannot use the adapter {path}", faults))
-    ranks = {
-        k.removesuffix(".lora_A.weight"): v.shape[0]
-        for k, v in tensors.items()
-        if k.endswith(".lora_A.weight")
-    }
-    fields: dict[str, Any] = {
-        "r": next(iter(ranks.values()), 1) or 1,
-        "lora_alpha": 1.0,
-        "use_dora": any(key.endswith(".m") for key in infos),
+    fields = {
+        **peft_names.bare_config(tensors, 1.0),
         "base_model_name_or_path": config.get("model"),
     }
-    adapter = peft_names.read(tensors, _with_ranks(fields, ranks), str(path), reading)
+    adapter = peft_names.read(tensors, fields, str(path), reading)
     notes += [note for note in adapter.notes if "where PEFT writes" not in note]
     return dataclasses.replace(
         adapter,
         modules={name: _scaled(pair, scale) for name, pair in adapter.modules.items()},
         format="mlx",
-        sha256=_digest(folder / CONFIG, weights),
+        sha256=storage.sha256_of(folder / CONFIG, weights),
         notes=tuple(notes),
     )
-
-
-def _with_ranks(fields: dict[str, Any], ranks: dict[str, int]) -> dict[str, Any]:
-    import re
-
-    return {**fields, "rank_pattern": {re.escape(p): rank for p, rank in ranks.items() if rank}}
 
 
 def _scaled(pair: Factors, scale: float) -> Factors:
@@ -106,8 +92,3 @@ def _scale(config: dict[str, Any], where: str, reading: Reading) -> tuple[float,
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _digest(*files: Path) -> str:
-    texts = [storage.sha256(file) for file in files]
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()

@@ -1,7 +1,6 @@
 """A directory written by PEFT: adapter_config.json beside adapter_model.safetensors or .bin."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 
 from lora_export import peft_names, pickles, publishing, storage
@@ -44,19 +43,13 @@ def read(path: Path, reading: Reading | None = None) -> Adapter:
     return dataclasses.replace(
         adapter,
         format="peft",
-        sha256=_digest(folder / CONFIG, weights),
+        sha256=storage.sha256_of(folder / CONFIG, weights),
         notes=(*notes, *adapter.notes),
     )
 
 
 def _folder(path: Path) -> Path:
     return path.parent if path.name in (WEIGHTS, PICKLE, CONFIG) else path
-
-
-def _digest(*files: Path) -> str:
-    """Return one digest over both files: alpha stands in the config alone."""
-    texts = [storage.sha256(file) for file in files]
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def write(adapter: Adapter, path: Path) -> None:
