@@ -66,6 +66,7 @@ def write_merged(
     settings: Mapping[str, Any],
     out: Path,
     companions: Mapping[str, Path] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Carry out `plan`: write a checkpoint directory that loads without any mention of LoRA.
 
@@ -79,6 +80,7 @@ def write_merged(
         out: The directory to make; it must not exist.
         companions: Files that a user of the model needs beside the weights, by name; None takes
             the base's.
+        options: What the caller chose, to be written down beside the digests.
 
     Raises:
         InputError: a merged weight is not finite or overflows the dtype; names the tensor.
@@ -101,7 +103,8 @@ def write_merged(
     for name, file in found.items():
         _copy(file, out / name)
     files = {name: storage.sha256(out / name) for name in shards}
-    storage.write_json(out / PROVENANCE, {**_provenance(plan, adapter, checkpoint), "files": files})
+    known = {**_provenance(plan, adapter, checkpoint), "options": dict(options or {})}
+    storage.write_json(out / PROVENANCE, {**known, "files": files})
 
 
 def companions_of(folder: Path) -> dict[str, Path]:
@@ -127,14 +130,20 @@ def _new_tensor(step: Step, plan: MergePlan, adapter: Adapter, checkpoint: Check
         stored = info.array() if info is not None else adapter.replaced[str(step.placed)]
         if not is_float(stored):
             return np.ascontiguousarray(stored).tobytes()
+        kept = TORCH_DTYPES[info.dtype if info is not None else "F32"]
         with _named(step.name):
-            return _bytes(_merged(torch.from_numpy(widened(stored)), step, plan, adapter))
+            return _bytes(_merged(torch.from_numpy(widened(stored)), kept, step, plan, adapter))
 
     return NewTensor(step.name, step.dtype, step.shape, read)
 
 
-def _merged(start: Tensor, step: Step, plan: MergePlan, adapter: Adapter) -> Tensor:
-    """Return the tensor of `step`: `start` with its updates, each rounded once."""
+def _merged(
+    start: Tensor, kept: torch.dtype, step: Step, plan: MergePlan, adapter: Adapter
+) -> Tensor:
+    """Return the tensor of `step`: `start` with its updates, each rounded once.
+
+    `kept` is the dtype in which the base stores it: training kept what it changed in that.
+    """
     dtype = TORCH_DTYPES[step.dtype]
     result = round_once(start.double(), dtype)
     for part in step.parts:
@@ -153,7 +162,7 @@ def _merged(start: Tensor, step: Step, plan: MergePlan, adapter: Adapter) -> Ten
             _region(tensor.view(stack(step.shape, pair.kind)), part) for tensor in (start, result)
         )
         for index in range(len(new)):  # one expert at a time: float64 is wide
-            exact = _exact(old[index], index, part, pair, plan.variant, start.dtype)
+            exact = _exact(old[index], index, part, pair, plan.variant, kept)
             new[index] = round_once(exact, dtype)
     return result
 
@@ -167,7 +176,7 @@ def _region(tensor: Tensor, part: Part) -> Tensor:
 
 
 def _exact(
-    weight: Tensor, index: int, part: Part, pair: Factors, variant: str, dtype: torch.dtype
+    weight: Tensor, index: int, part: Part, pair: Factors, variant: str, kept: torch.dtype
 ) -> Tensor:
     """Return the merged weight (out, in) of one expert of `part`, in float64."""
     outs, ins = slice(*(part.outs or (None,))), slice(*(part.ins or (None,)))
@@ -178,8 +187,7 @@ def _exact(
     delta = pair.scale * (b[outs] @ a[:, ins])
     wide = weight.double()
     if pair.kind == LINEAR and variants.changes_base(variant):
-        # Training kept what was left in the base's own dtype.
-        wide = round_once(variants.base(variant, wide, pair.scale, pair.rank), dtype).double()
+        wide = round_once(variants.base(variant, wide, pair.scale, pair.rank), kept).double()
     magnitude = None
     if pair.magnitude is not None:
         magnitude = torch.from_numpy(widened(pair.magnitude)).double()[outs]

@@ -6,7 +6,7 @@ do not tell how the adapter lands in it.
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from lora_export import bases, inputs, merging, models, resolving, storage
 from lora_export.adapter import locate, read_adapter
 from lora_export.architecture import Architecture, Link, names_of
 from lora_export.errors import AdapterMismatch, InputError, listed
-from lora_export.plan import LAYOUTS, TIED, Choices, MergePlan, plan
-from lora_export.records import EXPERTS, Adapter, FileDigest, Reading
+from lora_export.plan import LAYOUTS, TIED, Choices, MergePlan, order_of_model, plan
+from lora_export.records import EMBEDDING, EXPERTS, Adapter, FileDigest, Reading
 from lora_export.refusals import refused
 from lora_export.storage import Checkpoint
 
@@ -165,7 +165,12 @@ def open_job(adapter: str | Path, base: str | None = None, options: Options | No
     if kind := fields.get("quantization_config"):
         method = kind.get("quant_method") if isinstance(kind, dict) else kind
         raise AdapterMismatch(refused("quantised-base", str(place.path.name), str(method)))
-    target = _Target.of(found, place.path, checkpoint, fields, options)
+
+    def again(order: tuple[str, ...]) -> Adapter:
+        reading = dataclasses.replace(options.reading, registered=order)
+        return read_adapter(source, options.adapter_format, reading)
+
+    target = _Target.of(found, place.path, checkpoint, fields, options, again)
     steps = plan(target.adapter, checkpoint, target.architecture, options.choices)
     return Job(
         target.adapter,
@@ -218,6 +223,7 @@ class _Target:
         checkpoint: Checkpoint,
         fields: Mapping[str, Any],
         options: Options,
+        again: "Again",
     ) -> "_Target":
         if (simple := architectures.read_off(adapter, checkpoint, fields)) is not None:
             return cls(adapter, simple, None, {})
@@ -232,7 +238,23 @@ class _Target:
         )
         if getattr(config, "pad_token_id", 0) is None and models.has_tokenizer(base):
             config.pad_token_id = models.tokenizer(base).pad_token_id
-        return _Fitting(adapter, checkpoint, config, fields, options).target()
+        return _Fitting(adapter, checkpoint, config, fields, options, again).target()
+
+
+Again = Callable[[tuple[str, ...]], Adapter]  # read the adapter with another order of parameters
+
+
+def _rows_at_both_ends(adapter: Adapter, tied: Architecture) -> Adapter:
+    """Return `adapter` with the rows of an input embedding at the output that was tied to it."""
+    rows = dict(adapter.rows)
+    for path, trained in adapter.rows.items():
+        links = tied.names.get(f"{path}.weight", ())
+        layer = tied.layers.get(links[0].tensor.removesuffix(".weight")) if links else None
+        if layer is None or layer.kind != EMBEDDING:
+            continue
+        for other in tied.tied(links[0].tensor) - {links[0].tensor}:
+            rows.setdefault(other.removesuffix(".weight"), trained)
+    return dataclasses.replace(adapter, rows=rows)
 
 
 class _Fitting:
@@ -245,9 +267,10 @@ class _Fitting:
         config: Any,
         fields: Mapping[str, Any],
         options: Options,
+        again: "Again",
     ) -> None:
         self.adapter, self.checkpoint, self.options = adapter, checkpoint, options
-        self.config, self.fields = config, fields
+        self.config, self.fields, self.again = config, fields, again
         self.settings: dict[str, Any] = {"architectures": list(config.architectures)}
         for name in ("id2label", "label2id", "pad_token_id"):
             if (value := getattr(config, name, None)) is not None:
@@ -257,6 +280,9 @@ class _Fitting:
     def target(self) -> _Target:
         self._deepen()
         found = self._architecture()
+        if order := order_of_model(self.adapter, found):
+            self.adapter = self.again(order)
+            found = self._architecture()
         if (size := self._vocabulary(found)) is not None:
             self._set("vocab_size", size)
             found = self._architecture()
@@ -326,6 +352,7 @@ class _Fitting:
         self.config.tie_word_embeddings = False
         self.config.get_text_config().tie_word_embeddings = False
         self.settings["tie_word_embeddings"] = False
+        self.adapter = _rows_at_both_ends(self.adapter, tied)
         found = self._architecture()
         links, outputs = list(found.links), dict(found.output_names)
         stored = {link.tensor for link in links}

@@ -105,14 +105,21 @@ class PeftConfig:
             return self.rows or None
         return next((rows for name, rows in self.rows.items() if _ends(path, [name])), None)
 
+    def ranks_of(self, path: str) -> list[float]:
+        """Return every rank that a pattern states for `path`, in order; or the one for all."""
+        return list(dict.fromkeys(self._matching("rank_pattern", path).values())) or [self.rank]
+
     def _pattern(self, name: str, path: str, default: float) -> float:
         """Return what PEFT's patterns give for `path`: the first match wins there."""
-        patterns: Mapping[str, float] = getattr(self, name)
-        found = {k: v for k, v in patterns.items() if _matches(rf"(.*\.)?({k})$", path)}
+        found = self._matching(name, path)
         if len(set(found.values())) > 1 and self.pattern_order is None:
             raise InputError(refused("pattern-order", path, f"{name} {found}, ambiguous"))
         values = list(found.values()) or [default]
         return values[-1 if self.pattern_order == "last" else 0]
+
+    def _matching(self, name: str, path: str) -> dict[str, float]:
+        patterns: Mapping[str, float] = getattr(self, name)
+        return {k: v for k, v in patterns.items() if _matches(rf"(.*\.)?({k})$", path)}
 
 
 def _ends(path: str, names: Iterable[str]) -> bool:

@@ -69,7 +69,8 @@ _IDLE = (
 )
 _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 _ODD = re.compile(r"(^|\.)(lora_|token_adapter|modules_to_save)")
-# PEFT nests its wrappers in the order in which a module registers its parameters.
+# PEFT nests its wrappers in the order in which a module registers its parameters. transformers'
+# own modules register theirs so; of others the model decides, once a base is given.
 _REGISTERED = (
     "gate_up_proj", "gate_up_proj_bias", "gate_proj", "w1", "up_proj", "w3", "down_proj",
     "down_proj_bias", "w2",
@@ -111,8 +112,9 @@ def read(
     notes = [*_prefix_notes(found.prefixes), *_saved_notes(config, found)]
     modules: dict[str, Factors] = {}
     rows: dict[str, Rows] = {}
+    nested: dict[str, tuple[str, ...]] = {}
     if stated is not None:
-        groups = _by_path(found.parts, stated, faults, notes)
+        groups, nested = _by_path(found.parts, stated, reading.registered or _REGISTERED, faults)
         for path, parts in sorted(groups.items()):
             try:
                 if "rows" in parts:
@@ -152,6 +154,7 @@ def read(
         rows=rows,
         ignored=found.ignored,
         fields=peft_config.kept(config),
+        nested=nested,
     )
 
 
@@ -260,9 +263,9 @@ def _prefix_notes(prefixes: Counter[str]) -> list[str]:
 def _by_path(
     parts: Mapping[str, Mapping[str, Array]],
     stated: PeftConfig,
+    registered: tuple[str, ...],
     faults: list[str],
-    notes: list[str],
-) -> dict[str, dict[str, Array]]:
+) -> tuple[dict[str, dict[str, Array]], dict[str, tuple[str, ...]]]:
     """Return the parts of each update under its own name: a module's path, or a parameter's.
 
     The updates of several parameters of one module are told apart by `base_layer`, once for each
@@ -274,9 +277,9 @@ def _by_path(
         while bare.endswith(".base_layer"):
             bare, depth = bare.removesuffix(".base_layer"), depth + 1
         nested[bare.replace(".base_layer.", ".")][depth] = dict(held)
-    result = {}
+    result, orders = {}, {}
     for path, depths in nested.items():
-        leaves = sorted(stated.leaves(path, len(depths)), key=_registration)
+        leaves = _in_order(stated.leaves(path, len(depths)), registered)
         if not leaves:
             if len(depths) > 1:
                 faults.append(refused("unknown-tensor", path, "nested wrappers"))
@@ -288,13 +291,12 @@ def _by_path(
                 f"{len(depths)} of them"
             )
             continue
-        if len(leaves) > 1 and any(leaf not in _REGISTERED for leaf in leaves):
-            faults.append(refused("expert-order", path, ", ".join(leaves)))
-            continue
+        if len(leaves) > 1:
+            orders[path] = tuple(leaves)
         # The innermost wrapper, which has the most `base_layer` in its name, is the first.
         for leaf, depth in zip(leaves, sorted(depths, reverse=True), strict=True):
             result[f"{path}.{leaf}"] = {f"expert_{k}": v for k, v in depths[depth].items()}
-    return result
+    return result, orders
 
 
 def _lone_halves(parts: Mapping[str, Mapping[str, Array]]) -> list[str]:
@@ -307,8 +309,10 @@ def _lone_halves(parts: Mapping[str, Mapping[str, Array]]) -> list[str]:
     ]
 
 
-def _registration(leaf: str) -> tuple[int, str]:
-    return (_REGISTERED.index(leaf) if leaf in _REGISTERED else len(_REGISTERED), leaf)
+def _in_order(leaves: Iterable[str], registered: tuple[str, ...]) -> list[str]:
+    """Return the parameters of one module in the order in which it registers them."""
+    places = {leaf: index for index, leaf in enumerate(registered)}
+    return sorted(leaves, key=lambda leaf: (places.get(leaf, len(places)), leaf))
 
 
 def _factors(path: str, parts: Mapping[str, Array], stated: PeftConfig) -> tuple[str, Factors]:
@@ -332,6 +336,8 @@ def _factors(path: str, parts: Mapping[str, Array], stated: PeftConfig) -> tuple
     matrices = kind == LINEAR and a.ndim == b.ndim == 2
     if matrices and 0 < b.shape[1] < rank and rank % b.shape[1] == 0:
         raise InputError(refused("merged-linear", path, f"lora_A {a.shape}, lora_B {b.shape}"))
+    if kind == CONV and a.ndim == b.ndim and 0 < b.shape[1] < rank and rank % b.shape[1] == 0:
+        raise InputError(refused("conv-groups", path, f"lora_B {b.shape} for rank {rank}"))
     if not _is_pair(a, b, kind):
         raise InputError(f"{path}: lora_A {a.shape} and lora_B {b.shape} do not form a pair")
     if "adalora" in stated.variant:  # keeps its initial rank in the formula, whatever was pruned
@@ -474,18 +480,15 @@ def _rank_faults(modules: Mapping[str, Factors], stated: PeftConfig, notes: list
     for path, pair in modules.items():
         if pair.kind == EXPERTS or stated.enabled or "adalora" in stated.variant:
             continue
-        try:
-            rank = stated.rank_of(path)
-        except InputError as error:
-            faults.append(str(error))
-            continue
+        ranks = stated.ranks_of(path)  # of several patterns the tensor tells which one won
+        rank = " or ".join(f"{rank:g}" for rank in ranks)
         targeted = stated.targets(path) or stated.leaves(path)
-        if rank != pair.rank and targeted:
-            found = f"the config says rank {rank:g}, the tensors have rank {pair.rank}"
+        if pair.rank not in ranks and targeted:
+            found = f"the config says rank {rank}, the tensors have rank {pair.rank}"
             faults.append(refused("rank-mismatch", path, found))
         elif not targeted:
             strangers[
-                f"rank {pair.rank} in the tensors, {rank:g} in the config, scale {pair.scale:g}"
+                f"rank {pair.rank} in the tensors, {rank} in the config, scale {pair.scale:g}"
             ] += 1
     notes += [
         f"{count} modules are in the file and not among the config's target_modules (PEFT would "
@@ -598,7 +601,8 @@ def tensors_of(adapter: Adapter) -> dict[str, Array]:
     What AdaLoRA stores as a diagonal is multiplied into B: plain LoRA has no place for it.
     """
     tensors = {PREFIX + name: value for name, value in adapter.replaced.items()}
-    nesting = _nesting(path for path, pair in adapter.modules.items() if pair.kind == EXPERTS)
+    experts = [path for path, pair in adapter.modules.items() if pair.kind == EXPERTS]
+    nesting = _nesting(experts, adapter.nested)
     for path, pair in adapter.modules.items():
         if pair.kind == EXPERTS:
             name = PREFIX + nesting[path]
@@ -629,16 +633,17 @@ def _times(b: Array, diagonal: Array) -> Array:
     return product.astype(b.dtype)
 
 
-def _nesting(names: Iterable[str]) -> dict[str, str]:
+def _nesting(names: Iterable[str], orders: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Return under which path PEFT stores the update of each parameter."""
     of_module: dict[str, list[str]] = defaultdict(list)
     for name in names:
         of_module[name.rpartition(".")[0]].append(name)
     found = {}
     for module, group in of_module.items():
-        inner_first = sorted(group, key=lambda name: _registration(name.rpartition(".")[2]))
-        for outside, name in enumerate(reversed(inner_first)):
-            found[name] = module + ".base_layer" * outside
+        leaves = [name.rpartition(".")[2] for name in group]
+        inner_first = orders.get(module) or _in_order(leaves, _REGISTERED)
+        for outside, leaf in enumerate(reversed(inner_first)):
+            found[f"{module}.{leaf}"] = module + ".base_layer" * outside
     return found
 
 

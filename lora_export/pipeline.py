@@ -162,7 +162,8 @@ def verify_merged(
 ) -> Certificate:
     """Derive the merge of `adapter` into its base again, and hold the files in `folder` against it.
 
-    Nothing is written. `options` are those that the merge was made with.
+    Nothing is written. The options are those that the merge was made with, as it wrote them down;
+    `options` replace some of them.
 
     Raises:
         InputError: there is no merged model in `folder`, or adapter or base is damaged.
@@ -172,7 +173,7 @@ def verify_merged(
     if not (folder / merging.PROVENANCE).is_file():
         raise InputError(f"{folder} was not written by `lora-export merge`")
     say("reading adapter and base")
-    job = open_job(adapter, base, options_of(options))
+    job = open_job(adapter, base, stages.recorded_options(folder, options))
     say("deriving every tensor again")
     record, recorded = stages.audit_stage(job, folder), stages.recorded_files(folder)
     names = {file.name for file in recorded}

@@ -40,6 +40,7 @@ from lora_export.storage import Checkpoint, TensorInfo, dtype_name, fingerprint
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 COPY, MERGE, PLACE = "copy", "merge", "place"
+_FACTOR = re.compile(r"\.lora_([ABabE]|embedding_[AB]|magnitude_vector|down|up)\b")
 _CHANGED = ("pissa", "olora", "kasa")  # variants whose training began by changing the base
 WEIGHT, BIAS, ROWS = "weight", "bias", "rows"
 TIED = ("error", "untie", "both")
@@ -127,6 +128,19 @@ def plan(
     return maker.plan()
 
 
+def order_of_model(adapter: Adapter, found: Architecture) -> tuple[str, ...] | None:
+    """Return the model's order of nested parameters, where another one was assumed."""
+    places = {name: index for index, name in enumerate(found.shapes)}
+    for module, assumed in adapter.nested.items():
+        tensors = {leaf: found.names.get(f"{module}.{leaf}", ()) for leaf in assumed}
+        if not all(tensors.values()):
+            continue
+        order = sorted(assumed, key=lambda leaf: places[tensors[leaf][0].tensor])
+        if tuple(order) != assumed:
+            return tuple(order)
+    return None
+
+
 class _Planner:
     """The work of `plan`, step by step; faults and notes gather on the way."""
 
@@ -163,6 +177,7 @@ class _Planner:
         if peft_config.is_residual(self.adapter.fields) and not self.choices.residual_base:
             self.faults.append(refused("residual-base", found=f"init_lora_weights {init}"))
         self.faults += [
+            *self._misordered(),
             *self._overlaps(),
             *self._missing(),
             *self._misshapen(),
@@ -197,7 +212,10 @@ class _Planner:
     def _links(self, name: str) -> tuple[Link, ...]:
         """Return where the adapter's tensor `name` lies in the model; without one, a fault."""
         links = self.architecture.names.get(name, ())
-        if not links:
+        owner = self.architecture.layers.get(name.rpartition(".")[0], Layer(OTHER))
+        if not links and owner.refusal:
+            self.faults.append(refused(owner.refusal, name, owner.found))
+        elif not links:
             known = self.architecture.shapes
             self.faults.append(f"{name}: no such tensor (near: {nearest(name, known)})")
         elif links[0].tensor != name:
@@ -284,8 +302,10 @@ class _Planner:
         whole = all(link.box is None and link.offset is None for link in links)
         if pair.kind == EXPERTS:
             return []
+        # AdaLoRA stores the pair of a 2-d convolution flat.
+        flat = (CONV,) if "adalora" in names and _axes(self.architecture, links) == 4 else ()
         takes = {
-            LINEAR: (LINEAR, CONV1D, EMBEDDING) if pair.is_plain else (LINEAR, CONV1D),
+            LINEAR: (LINEAR, CONV1D, *flat, *((EMBEDDING,) if pair.is_plain else ())),
             EMBEDDING: (EMBEDDING,),
             CONV: (CONV,),
         }[pair.kind]
@@ -311,13 +331,14 @@ class _Planner:
         if pair.kind == EXPERTS:
             experts, rows, columns = stack(shape)
             straight, flipped = (rows, columns) == (outs, ins), (rows, columns) == (ins, outs)
-            if experts != count or not (straight or flipped):
+            # With one expert PEFT adds B A as it is, whatever the layout.
+            if experts != count or not (straight or (flipped and count > 1)):
                 self.faults.append(
                     f"{path}: adapter is for (experts, out, in) {(count, outs, ins)}, "
                     f"the base has {shape}"
                 )
                 return None
-            if len(shape) == 2 or straight != flipped:
+            if count == 1 or straight != flipped:
                 return not straight
             return self._expert_layout(path, layer)
         transposed = layer.kind in (CONV1D, EMBEDDING)
@@ -419,11 +440,17 @@ class _Planner:
         for other, known in self.adapter.rows.items():
             if other == path:
                 break
-            if f"{other}.weight" in others and known.indices == self.adapter.rows[path].indices:
+            if self._known(f"{other}.weight")[0].tensor in others:
                 self.ignored[path] = f"the rows of {other}, whose weight is tied to it"
-                if not _equal(known.values, self.adapter.rows[path].values):
+                mine = self.adapter.rows[path]
+                if known.indices != mine.indices or not _equal(known.values, mine.values):
                     self.faults.append(refused("tied", path, f"other rows than {other}"))
                 return
+        # Rows of the input side are those of the output side too, and not the reverse.
+        layer = self.architecture.layers.get(links[0].tensor.rpartition(".")[0], Layer(OTHER))
+        alone = layer.kind != EMBEDDING and not self._has_input_rows(others)
+        if others and alone and self.choices.tied != "both":
+            self.faults.append(refused("tied", path, f"shared with {', '.join(others)}"))
         rows, shape = self.adapter.rows[path], self.architecture.shapes[links[0].tensor]
         if len(shape) != 2 or shape[1] != rows.values.shape[1]:
             self.faults.append(f"{path}: rows {rows.values.shape}, the base has {shape}")
@@ -444,12 +471,17 @@ class _Planner:
                 self.faults.append(refused("quantised-base", path))
             self.parts[target.stored, target.tensor].append(part)
 
+    def _has_input_rows(self, tensors: frozenset[str]) -> bool:
+        paths = [f"{path}.weight" for path in self.adapter.rows]
+        return any(links[0].tensor in tensors for p in paths if (links := self._known(p)))
+
     # ------------------------------------------------------------ what does not fit
 
     def _overlaps(self) -> list[str]:
         """Return the tensors of which two updates change the same region."""
         faults = []
-        for (name, _), parts in self.parts.items():
+        changed = [(name, parts) for (name, _), parts in self.parts.items()]
+        for name, parts in (*changed, *self.onto.items()):
             regions = [part for part in parts if part.what == WEIGHT]
             for index, one in enumerate(regions):
                 for other in regions[index + 1 :]:
@@ -457,6 +489,11 @@ class _Planner:
                         modules = f"{one.module} and {other.module}"
                         faults.append(f"{name}: is changed by {modules} at once")
         return faults
+
+    def _misordered(self) -> list[str]:
+        """Return why nested updates would be mistaken for each other: the model's order decides."""
+        order = order_of_model(self.adapter, self.architecture)
+        return [f"the model registers its parameters as {', '.join(order)}"] if order else []
 
     def _missing(self) -> list[str]:
         have = self.placed.keys() | {link.tensor for link in self.architecture.links}
@@ -480,7 +517,7 @@ class _Planner:
         return faults
 
     def _adapters_in_base(self) -> list[str]:
-        return [name for name in self.checkpoint.tensors if re.search(r"\blora_", name)]
+        return [name for name in self.checkpoint.tensors if _FACTOR.search(name)]
 
     def _broken_promises(self) -> list[str]:
         """Return what the config says was trained and the file lost: a head, a layer in full."""
@@ -645,6 +682,10 @@ class _Planner:
 
 
 # ---------------------------------------------------------------- regions
+
+
+def _axes(architecture: Architecture, links: tuple[Link, ...]) -> int:
+    return len(architecture.shapes[links[0].tensor])
 
 
 def _length(span: Span) -> int:

@@ -207,7 +207,7 @@ def _is_transposed(path: str, pair: Factors, module: nn.Module, base: Tensor, ve
     a, b = pair.matrices()
     size, shape = (b.shape[1], a.shape[2]), tuple(base.shape)
     if pair.kind == EXPERTS:
-        if len(shape) == 2 and shape == size:
+        if len(a) == 1 and shape[-2:] == size:
             return False
         straight, flipped = shape[1:] == size, shape[1:] == size[::-1]
         square = first_in(version, bool(getattr(module, "is_transposed", False)))

@@ -135,6 +135,8 @@ class Adapter:
     ignored: Mapping[str, str] = field(default_factory=dict)  # tensor in the file -> reason
     fields: Mapping[str, Any] = field(default_factory=dict)  # of PEFT's config, kept as they are
     flat_names: bool = False  # dots of module paths became underscores (kohya)
+    # Modules of which several parameters are updated, and these in the order that was assumed.
+    nested: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class Reading:
     alpha: float | None = None
     pattern_order: str | None = None  # of several matching patterns, "first" or "last" wins
     expert_b: str | None = None  # columns of fused experts' lora_B: "rank-major", "expert-major"
+    registered: tuple[str, ...] = ()  # parameters of fused experts, in the model's order
 
 
 # ---------------------------------------------------------------- the artifact

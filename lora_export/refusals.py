@@ -102,11 +102,6 @@ TABLE: dict[str, Refusal] = {
         "before September 2026 Unsloth ordered the columns of lora_B by expert, PEFT by rank",
         "pass --expert-b expert-major (trained before) or rank-major",
     ),
-    "expert-order": Refusal(
-        "several target_parameters of one module whose order is not known",
-        "the file numbers them by nesting, not by name",
-        "pass --base: the model's own order decides",
-    ),
     "flat-names": Refusal(
         "kohya's module paths, to be written as another format",
         "their underscores stand for dots or for themselves, and only a base tells",

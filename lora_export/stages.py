@@ -12,7 +12,7 @@ from torch import nn
 from lora_export import auditing, exporters, inputs, merging, models, storage
 from lora_export.errors import ExportFailed, InputError, listed
 from lora_export.injection import attach, idle
-from lora_export.opening import Job
+from lora_export.opening import Job, Options
 from lora_export.records import (
     IDLE,
     MERGED,
@@ -54,6 +54,7 @@ def merge_stage(job: Job, folder: Path, prefix: str = "") -> MergeRecord:
         job.settings_of_model,
         folder,
         job.companions(),
+        job.options.stated(),
     )
     return audit_stage(job, folder, prefix)
 
@@ -124,6 +125,15 @@ def recorded_files(folder: Path) -> tuple[FileDigest, ...]:
     return tuple(
         FileDigest(name, sizes.get(name, 0), str(digest)) for name, digest in written.items()
     )
+
+
+def recorded_options(folder: Path, replaced: Mapping[str, Any]) -> Options:
+    """Return the options that the merge in `folder` was made with, some of them `replaced`."""
+    written = storage.read_json(folder / merging.PROVENANCE).get("options", {})
+    try:
+        return Options(**{**written, **replaced})
+    except TypeError as error:
+        raise InputError(f"{folder / merging.PROVENANCE} is damaged: {error}") from error
 
 
 def _refuse_altered(folder: Path) -> None:

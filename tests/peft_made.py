@@ -26,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 VOCABULARY = 60
 WIDTH = 24
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Significant bits, and the exponent of the smallest normal number.
+FORMATS = {"float32": (24, -126), "bfloat16": (8, -126), "float16": (11, -14)}
 Inputs = Callable[[], dict[str, Tensor]]
 
 
@@ -711,6 +713,7 @@ class _Base:
     ) -> None:
         self.config = json.loads((folder / "config.json").read_text())
         self.kind = self.config["model_type"]
+        self.dtype = str(next(iter(load_file(_weights(folder)).values())).dtype).partition(".")[2]
         self.checkpoint = replicated(_wide(_weights(folder)), replication)
         self.seen: dict[str, np.ndarray] = {}
         self.places: dict[str, list[tuple[str, Any]]] = {}  # module's name: (name, its part)
@@ -881,7 +884,9 @@ def _layer(
         if any(p in path for p in blocks["target_modules_bd_b"]):
             up = _diagonal(np.split(up, blocks["nblocks"]))
     if not residual_base:
-        old = old - _taken_away(old, config, len(parts["lora_A"]), scale)
+        # PEFT keeps what is left in the base's own dtype, and trains on that.
+        left = old - _taken_away(old, config, len(parts["lora_A"]), scale)
+        old = rounded(left, held.dtype)
     value = old + scale * up @ down
     if "lora_magnitude_vector" in parts:
         norm = np.linalg.norm(value, axis=1)
@@ -950,6 +955,19 @@ def _pattern(patterns: Mapping[str, Any] | None, path: str, usual: Any) -> Any:
     found = [v for p, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({p})", path)]
     assert len(set(found)) <= 1, f"{path}: ambiguous"
     return found[0] if found else usual
+
+
+def half_ulp(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return how far a number may lie from the nearest one of `dtype`."""
+    bits, least = FORMATS[dtype]
+    _, exponents = np.frexp(values)
+    return np.ldexp(0.5, np.maximum(exponents - 1, least) - bits + 1)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Return the nearest numbers of `dtype`, ties to even."""
+    ulp = 2 * half_ulp(values, dtype)
+    return np.rint(values / ulp) * ulp
 
 
 def _diagonal(blocks: list[np.ndarray]) -> np.ndarray:

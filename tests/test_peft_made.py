@@ -12,20 +12,23 @@ import numpy as np
 import peft_made
 import pytest
 import torch
-from peft_made import VARIANTS, cases
+from peft_made import VARIANTS, cases, half_ulp
 from safetensors.torch import load_file
 
 from lora_export import pipeline
 from lora_export.errors import AdapterMismatch
 
 # All variants on the first, all architectures in the second, and what has few cases; else slow.
-QUICK_ARCHITECTURES = ("bert", "gpt2-cls", "llama", "gpt-oss")
+QUICK_ARCHITECTURES = ("bert", "gpt2-cls", "llama")
 QUICK_VARIANTS = ("plain", "dora")
-# What PEFT writes with names of its own: see `peft_made.reference`.
-QUICK_CASES = (("roberta", "bias-all"), ("roberta", "all-linear"), ("mixtral", "all-linear"))
-
-# Significant bits, and the exponent of the smallest normal number.
-FORMATS = {"float32": (24, -126), "bfloat16": (8, -126), "float16": (11, -14)}
+QUICK_CASES = (  # where PEFT's names or configs are odd, or none of the above will do
+    ("gpt-neox", "modules-to-save"),
+    ("gpt2", "lora-bias"),
+    ("mixtral", "all-linear"),
+    ("roberta", "all-linear"),
+    ("roberta", "bias-all"),
+    ("vit", "bias-lora-only"),
+)
 NOISE = 1e-14  # of float64, in sums of products that are about one
 LOOSE = 1e-5  # of a float32 decomposition of such weights
 
@@ -68,15 +71,12 @@ NARROW = [
     for architecture, variant in cases(
         "plain", "dora", "narrow", "narrow-dora", "modules-to-save", "rslora-patterns",
         "embedding-dora", "conv-dora", "experts", "lora-bias-bias-all", "trainable-tokens",
-        "bdlora", "adalora-pruned",
+        "bdlora", "adalora-pruned", "pissa", "olora", "kasa",
     )
     if architecture in ("distilbert", "bert-headless", "gpt2-cls", "llama", "t5", "vit")
     or "experts" in variant
 ]  # fmt: skip
 RESIDUAL = cases("pissa", "olora")
-LOOSE_NARROW = [
-    pair for pair in cases("pissa", "olora", "kasa") if pair[0] in ("gpt2-cls", "llama")
-]
 
 
 # ---------------------------------------------------------------- the reference against PEFT
@@ -139,11 +139,8 @@ def merge(made, out, base=None, **options):
     return out
 
 
-def check_weights(made, out, dtype, changed, base=None, slack=None):
-    """Assert that `changed` stand in `out` rounded once, and all the others bit for bit.
-
-    `slack` says how much farther a changed value may lie.
-    """
+def check_weights(made, out, dtype, changed, base=None):
+    """Assert that `changed` stand in `out` rounded once, and all the others bit for bit."""
     found = load_file(out / "model.safetensors")
     kept = base_of(made) if base is None else load_file(base / "model.safetensors")
     prefix = made.live.get_base_model().base_model_prefix  # may precede a headless base's names
@@ -154,14 +151,12 @@ def check_weights(made, out, dtype, changed, base=None, slack=None):
     }
     assert not (kept.keys() | changed.keys()) - places.keys(), "missing"
     assert not found.keys() - set(places.values()), "nobody's"
-    if slack is None:
-        loose = LOOSE if made.variant.loose and base is None else 0
-        slack = dict.fromkeys(changed, loose)
+    slack = NOISE + (LOOSE if made.variant.loose and base is None else 0)
     for name, place in places.items():
         value = found[place]
         assert value.dtype == peft_made.DTYPES[dtype], name
         if name in changed:
-            limit = half_ulp(changed[name], dtype) + NOISE + slack[name]
+            limit = half_ulp(changed[name], dtype) + slack
             assert value.shape == changed[name].shape, name
             assert np.all(np.abs(value.double().numpy() - changed[name]) <= limit), name
         else:
@@ -170,13 +165,6 @@ def check_weights(made, out, dtype, changed, base=None, slack=None):
 
 def bits_of(tensor):
     return tensor.contiguous().flatten().view(torch.uint8)
-
-
-def half_ulp(values, dtype):
-    """Return how far a number may lie from the nearest one of `dtype`."""
-    bits, least = FORMATS[dtype]
-    _, exponents = np.frexp(values)
-    return np.ldexp(0.5, np.maximum(exponents - 1, least) - bits + 1)
 
 
 def check_answers(made, out):
@@ -207,19 +195,6 @@ def test_a_narrow_base_is_merged_with_one_rounding(tmp_path, architecture, varia
     made = peft_made.make(architecture, variant, dtype, tmp_path)
     out = merge(made, tmp_path / "merged")
     check_weights(made, out, dtype, peft_made.reference(made.base, made.adapter))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("architecture", "variant"), marked(LOOSE_NARROW))
-def test_what_peft_took_out_of_a_narrow_base_is_taken_out_again(
-    tmp_path, architecture, variant, dtype
-):
-    made = peft_made.make(architecture, variant, dtype, tmp_path)
-    out = merge(made, tmp_path / "merged")
-    changed = peft_made.reference(made.base, made.adapter)
-    # PEFT stores what is left in the base's dtype, the formula in none: either is right.
-    left = {n: half_ulp(2 * np.abs(x).max(initial=0), dtype) + LOOSE for n, x in changed.items()}
-    check_weights(made, out, dtype, changed, slack=left)
 
 
 @pytest.mark.parametrize(("architecture", "variant"), marked(ONE_SIDED))

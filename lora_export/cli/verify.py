@@ -29,16 +29,17 @@ def command(
 ) -> None:
     """Derive every merged weight again from base and adapter; nothing is written.
 
-    Pass the options that the merge was made with.
+    Options are those that the merge was made with, where none are given here.
 
     \b
     lora-export verify merged --adapter sst2.safetensors
     """
     with _shared.progress(quiet=quiet) as say:
         say("loading torch")
-        from lora_export import pipeline
+        from lora_export import opening, pipeline
 
+        given = opening.Options(**options).stated()
         certificate = pipeline.verify_merged(
-            merged, adapter, base=base, command=_shared.invoked(), say=say, **options
+            merged, adapter, base=base, command=_shared.invoked(), say=say, **given
         )
     ctx.exit(_shared.finish(certificate, as_json=as_json, written=merged))
