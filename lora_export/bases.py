@@ -78,24 +78,22 @@ def find_adapter(name: str) -> Path:
     """
     owner, _, rest = name.partition("/")
     repository, _, folder = rest.partition("/")
-    place = None
-    if rest and _HUB_ID.fullmatch(f"{owner}/{repository}") and ".." not in folder.split("/"):
+    if _HUB_ID.fullmatch(f"{owner}/{repository}") and ".." not in folder.split("/"):
         for local in (True, False):
-            place = place or _downloaded(f"{owner}/{repository}", local=local)
-    if place is None or not (place / folder).exists():
-        raise InputError(f"no adapter at {name}: no such path, and neither cache nor hub has it")
-    return place / folder
+            place = _downloaded(f"{owner}/{repository}", folder, local=local)
+            if place is not None and any((place / folder).glob("*")):
+                return place / folder
+    raise InputError(f"no adapter at {name}: no such path, and neither cache nor hub has it")
 
 
-def _downloaded(repository: str, *, local: bool) -> Path | None:
+def _downloaded(repository: str, folder: str, *, local: bool) -> Path | None:
+    """Return the snapshot of an adapter's repository with what lies in `folder`, or None."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = [f"{folder}/*"] if folder else [*_HUB_FILES, "*.bin"]
     with contextlib.suppress(LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
-        found = snapshot_download(
-            repository, local_files_only=local, allow_patterns=[*_HUB_FILES, "*.bin"]
-        )
-        return Path(found)
+        return Path(snapshot_download(repository, local_files_only=local, allow_patterns=wanted))
     return None
 
 

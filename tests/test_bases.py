@@ -1,11 +1,15 @@
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
-from lora_export import bases, storage
+from lora_export import bases, read_adapter, storage
 from lora_export.errors import InputError
+from lora_export.formats import peft
 
 DEMO = "sentence-transformers/all-MiniLM-L6-v2"
 with_demo = pytest.mark.skipif(
@@ -147,3 +151,47 @@ def test_a_demo_base_with_another_digest_is_refused(monkeypatch, nothing_cached)
     monkeypatch.setitem(bases.PACKAGES, DEMO, entry)
     with pytest.raises(InputError, match=f"carries other weights than {DEMO}: .*expected 0000"):
         bases.find(DEMO)
+
+
+# ---------------------------------------------------------------- adapters on the hub
+
+
+@pytest.fixture
+def hub_cache(tmp_path, tiny_adapter):
+    """A cache as huggingface_hub keeps it, with a repository that holds two adapters."""
+    repository = tmp_path / "hub" / "models--org--adapters"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    place = repository / "snapshots" / commit
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    adapter = read_adapter(tiny_adapter(tmp_path)[0])
+    for name in ("checkpoint-5", "checkpoint-9"):
+        place.mkdir(parents=True, exist_ok=True)
+        peft.write(adapter, place / name)
+    return tmp_path
+
+
+def inspect(name, folder):
+    words = [sys.executable, "-m", "lora_export", "inspect", name, "--json"]
+    surroundings = {**os.environ, "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    surroundings.pop("HF_HUB_CACHE", None)
+    return subprocess.run(words, capture_output=True, text=True, env=surroundings, check=False)
+
+
+def test_an_adapter_in_a_folder_of_a_cached_repository_is_read(hub_cache):
+    answer = inspect("org/adapters/checkpoint-9", hub_cache)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["low-rank modules"] > 0
+
+
+def test_a_repository_with_several_adapters_asks_which_one(hub_cache):
+    answer = inspect("org/adapters", hub_cache)
+    assert answer.returncode == 2
+    assert "checkpoint-5, checkpoint-9" in answer.stderr
+
+
+@pytest.mark.parametrize("name", ["org/adapters/nowhere", "org/nothing", "a/../b", "../x", "x y/z"])
+def test_an_adapter_that_is_nowhere_is_an_input_error(hub_cache, name):
+    answer = inspect(name, hub_cache)
+    assert answer.returncode == 2
+    assert "no adapter at" in answer.stderr
