@@ -150,7 +150,7 @@ def read_off(
         if path not in layers and name != path and len(info.shape) == 2:
             layers[path] = Layer(LINEAR)
     return Architecture(
-        name=str((config.get("architectures") or [""])[0]),
+        name=str(config["architectures"][0]),
         shapes={name: info.shape for name, info in checkpoint.tensors.items()},
         layers=layers,
         links=tuple(Link(name, name) for name in checkpoint.tensors),
@@ -169,16 +169,15 @@ _HEADS = {
 
 def _is_simple(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
     """Return whether nothing in the adapter asks for the model itself."""
-    stated = [str(name) for name in config.get("architectures") or []]
-    if len(stated) != 1 or config.get("quantization_config"):
+    stated = config.get("architectures")
+    if not isinstance(stated, list) or len(stated) != 1 or not isinstance(stated[0], str):
         return False
     if adapter.base.architecture not in (None, stated[0]):
         return False
     ends = _HEADS.get(adapter.task_type or "")
     if adapter.task_type and not (ends and stated[0].endswith(ends)):
         return False
-    labels = config.get("id2label") or {}
-    if adapter.labels and list(adapter.labels) != [labels[key] for key in sorted(labels, key=int)]:
+    if adapter.labels:  # may be others than the base's
         return False
     plain = all(pair.kind == LINEAR for pair in adapter.modules.values())
     odd = adapter.rows or adapter.flat_names or adapter.fields.get("layer_replication")
@@ -221,22 +220,23 @@ def _orientation(path: str, info: TensorInfo, checkpoint: Checkpoint) -> str | N
     """Return LINEAR or CONV1D for the weight at `path`, or None where it cannot be told.
 
     HF's Conv1D always has a bias, of the length of its columns; a linear map's is as long as its
-    rows. A square weight is judged by its neighbours in the same layer.
+    rows. A square weight, or one without a bias, is judged by its neighbours in the same layer;
+    a layer without a single bias is linear throughout.
     """
     bias = checkpoint.tensors.get(f"{path}.bias")
-    if bias is None:
-        return LINEAR
-    if info.shape[0] != info.shape[1]:
+    if bias is not None and info.shape[0] != info.shape[1]:
         return LINEAR if bias.shape == info.shape[:1] else CONV1D
     layer = re.match(r".*?\.\d+\.", path)
     start = layer[0] if layer else ""
+    names = [name for name in checkpoint.tensors if name.startswith(start)]
     kinds = {
         LINEAR if other.shape == weight.shape[:1] else CONV1D
-        for name, weight in checkpoint.tensors.items()
-        if name.startswith(start)
-        and name.endswith(".weight")
-        and len(weight.shape) == 2
+        for name in names
+        if name.endswith(".weight")
+        and len((weight := checkpoint.tensors[name]).shape) == 2
         and weight.shape[0] != weight.shape[1]
         and (other := checkpoint.tensors.get(name.removesuffix("weight") + "bias")) is not None
     }
-    return kinds.pop() if len(kinds) == 1 else None
+    if not kinds and not any(name.endswith(".bias") for name in names):
+        return LINEAR
+    return LINEAR if kinds == {LINEAR} else CONV1D if kinds == {CONV1D} and bias else None

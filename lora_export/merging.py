@@ -18,7 +18,7 @@ from lora_export.injection import forget, lora_layers
 from lora_export.plan import BIAS, MERGE, PLACE, ROWS, MergePlan, Part, Step
 from lora_export.records import LINEAR, Adapter, Factors, is_float, widened
 from lora_export.rounding import TORCH_DTYPES, round_once
-from lora_export.storage import Checkpoint, NewTensor
+from lora_export.storage import Checkpoint, NewTensor, dtype_name
 
 PROVENANCE = "lora_export.json"
 # What a user of the base needs beside the weights. Code of the model is left behind on purpose.
@@ -130,7 +130,7 @@ def _new_tensor(step: Step, plan: MergePlan, adapter: Adapter, checkpoint: Check
         stored = info.array() if info is not None else adapter.replaced[str(step.placed)]
         if not is_float(stored):
             return np.ascontiguousarray(stored).tobytes()
-        kept = TORCH_DTYPES[info.dtype if info is not None else "F32"]
+        kept = TORCH_DTYPES[info.dtype if info is not None else dtype_name(stored)]
         with _named(step.name):
             return _bytes(_merged(torch.from_numpy(widened(stored)), kept, step, plan, adapter))
 

@@ -27,6 +27,8 @@ _TASK_TABLES = {
     "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
 }
+MOST_LAYERS = 1000
+MOST_LABELS = 1_000_000
 TASKS = tuple(_TASK_TABLES)
 
 _VOCABULARIES = (
@@ -47,13 +49,15 @@ def architecture_of(adapter: Adapter, base: Path) -> str:
     if adapter.base.architecture:
         return adapter.base.architecture
     config = storage.read_json(base / "config.json")
+    kind = config.get("model_type")
     if table := _TASK_TABLES.get(adapter.task_type or ""):
         from transformers.models.auto import modeling_auto
 
-        if name := getattr(modeling_auto, table).get(config.get("model_type")):
+        if name := getattr(modeling_auto, table).get(str(kind)):
             return str(name)
-    if own := config.get("architectures"):
-        return str(own[0])
+    own = config.get("architectures")
+    if isinstance(own, list) and own and isinstance(own[0], str):
+        return own[0]
     raise InputError(f"{base}/config.json names no architecture, and neither does the adapter")
 
 
@@ -61,6 +65,7 @@ def config_of(base: Path, architecture: str, labels: tuple[str, ...], classes: i
     """Return the transformers config of `base` as `architecture`, with the label names in it."""
     from transformers import AutoConfig
 
+    _refuse_extremes(storage.read_json(base / "config.json"), base)
     with quiet():
         config = _loaded(AutoConfig, base, "config")
     config.architectures = [architecture]
@@ -70,6 +75,16 @@ def config_of(base: Path, architecture: str, labels: tuple[str, ...], classes: i
     elif classes is not None and classes != config.num_labels:
         config.num_labels = classes
     return config
+
+
+def _refuse_extremes(fields: Mapping[str, Any], base: Path) -> None:
+    """Raise where a config asks for a model that would take for ever to build."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _refuse_extremes(value, base)
+        limit = MOST_LABELS if name == "num_labels" else MOST_LAYERS if "layer" in name else None
+        if type(value) is int and limit is not None and value > limit:
+            raise InputError(f"{base}/config.json: {name} is {value}; expected at most {limit}")
 
 
 def class_count(adapter: Adapter) -> int | None:
@@ -130,9 +145,9 @@ def blank(config: Any) -> nn.Module:
     try:
         with quiet(), torch.device("meta"):
             model: nn.Module = _model_class(config.architectures[0])(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        if isinstance(error, LoraExportError):
-            raise
+    except LoraExportError:
+        raise
+    except Exception as error:  # the config is somebody's, and models raise as it comes
         raise InputError(f"no model can be built from the config: {_first_line(error)}") from error
     return model
 

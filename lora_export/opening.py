@@ -22,7 +22,6 @@ from lora_export.refusals import refused
 from lora_export.storage import Checkpoint
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-MOST_LAYERS = 10_000
 TOKENIZER = set(merging.COMPANIONS) - {"generation_config.json", "preprocessor_config.json"}
 
 
@@ -318,7 +317,7 @@ class _Fitting:
                 f"layer_replication {spans} does not fit a base of {depth} layers"
             )
         copies = [index for start, stop in spans for index in range(start, stop)]
-        if len(copies) > MOST_LAYERS:
+        if len(copies) > models.MOST_LAYERS:
             raise AdapterMismatch(f"layer_replication asks for {len(copies)} layers")
         self.replication = dict(enumerate(copies))
         for name, value in list(vars(text).items()):

@@ -4,10 +4,12 @@ Every field has its place in one of the tables below. One that has none is refus
 it may change the merged weight. Source: PEFT's LoraConfig and AdaLoraConfig, 0.1 to 0.21.
 """
 
-import math
+import re
+import time
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import regex
 
@@ -45,7 +47,11 @@ _FLAGS = ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
 _TEXTS = ("task_type", "base_model_name_or_path", "revision", "peft_version", "peft_type")
 _INITS = ("gaussian", "eva", "orthogonal", "mica")  # leave the base as it is
 _RESIDUAL = ("corda", "lora_ga", "loftq", "pissa_niter_")  # change it in ways that cannot be redone
-MOST_SECONDS = 1.0  # for one expression on one path
+MOST_SECONDS = 3.0  # for all expressions of one config on all paths
+MOST_PATTERNS = 20_000
+LARGEST = 1e30  # rank or alpha
+_PLAIN = re.compile(r"[\w.-]+")
+T = TypeVar("T")
 _LAYOUTS = {"rank_major": "rank-major", "grouped_by_expert": "expert-major"}  # Unsloth's words
 
 
@@ -66,6 +72,7 @@ class PeftConfig:
     blocks: Mapping[str, Any] = field(default_factory=dict)  # BD-LoRA's config
     enabled: tuple[bool, ...] = ()  # MergedLinear: which slices of the output are adapted
     expert_b: str = "rank-major"
+    matcher: "_Matcher" = field(default_factory=lambda: _Matcher(), compare=False)
 
     def rank_of(self, path: str) -> float:
         """Return the rank that is stated for `path`; raises `InputError` where order decides."""
@@ -84,7 +91,9 @@ class PeftConfig:
         if isinstance(self.target_modules, str):
             if self.target_modules.lower() == "all-linear":
                 return True
-            return _matches(self.target_modules, path)
+            if not _is_expression(self.target_modules):
+                return True  # of syntax that is not matched here: taken to mean every module
+            return self.matcher.fullmatch(self.target_modules, path)
         return self.target_modules is None or _ends(path, self.target_modules)
 
     def leaves(self, path: str, count: int = 1) -> set[str]:
@@ -119,19 +128,52 @@ class PeftConfig:
 
     def _matching(self, name: str, path: str) -> dict[str, float]:
         patterns: Mapping[str, float] = getattr(self, name)
-        return {k: v for k, v in patterns.items() if _matches(rf"(.*\.)?({k})$", path)}
+        return self.matcher.matching(patterns, path)
 
 
 def _ends(path: str, names: Iterable[str]) -> bool:
     return any(path == name or path.endswith("." + name) for name in names)
 
 
-def _matches(pattern: str, path: str) -> bool:
-    """Return whether `pattern` matches the whole of `path`; an expression may be a stranger's."""
-    try:
-        return regex.fullmatch(pattern, path, timeout=MOST_SECONDS) is not None
-    except TimeoutError as error:
-        raise InputError(f"the expression {_short(pattern)} takes too long to match") from error
+class _Matcher:
+    """Matches a stranger's expressions, within a limit of time for all of them together.
+
+    Plain names, which are most of what patterns are, are looked up and not searched for.
+    """
+
+    def __init__(self) -> None:
+        self.left = MOST_SECONDS
+
+    def fullmatch(self, pattern: str, path: str) -> bool:
+        """Return whether `pattern` matches the whole of `path`."""
+        start = time.monotonic()
+        try:
+            if self.left <= 0:
+                raise TimeoutError
+            return regex.fullmatch(pattern, path, timeout=self.left) is not None
+        except TimeoutError as error:
+            self.left = 0.0
+            raise InputError("the config's expressions take too long to match") from error
+        finally:
+            self.left -= time.monotonic() - start
+
+    def matching(self, patterns: Mapping[str, T], path: str) -> dict[str, T]:
+        """Return those of `patterns` that match `path` or a dotted end of it, in their order."""
+        parts = path.split(".")
+        ends = {".".join(parts[index:]) for index in range(len(parts))}
+        found = {}
+        for pattern, value in patterns.items():
+            name = _literal(pattern)
+            if name in ends if name else self.fullmatch(rf"(.*\.)?({pattern})", path):
+                found[pattern] = value
+        return found
+
+
+def _literal(pattern: str) -> str | None:
+    """Return the name that `pattern` spells, or None where it is more than a name."""
+    name = pattern.replace("\\.", ".").replace("\\-", "-")
+    plain = _PLAIN.fullmatch(name) and name.count(".") == pattern.count("\\.")
+    return name if plain else None
 
 
 def parse(config: Mapping[str, Any], reading: Reading) -> PeftConfig:
@@ -155,7 +197,7 @@ def parse(config: Mapping[str, Any], reading: Reading) -> PeftConfig:
         alpha=float(config["lora_alpha"]),
         variant="+".join(parts),
         rank_pattern={} if ada else config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
+        alpha_pattern={} if ada else config.get("alpha_pattern") or {},  # PEFT has none there
         pattern_order=reading.pattern_order,
         target_modules=targets if isinstance(targets, str | None) else tuple(map(str, targets)),
         target_parameters=tuple(config.get("target_parameters") or ()),
@@ -221,11 +263,11 @@ def _method_faults(config: Mapping[str, Any]) -> list[str]:
 def _value_faults(config: Mapping[str, Any], *, ada: bool) -> list[str]:
     rank, alpha = "init_r" if ada else "r", config.get("lora_alpha")
     faults = []
-    if not _is_positive(config.get(rank)) or config[rank] != int(config[rank]):
+    if not _is_whole(config.get(rank)):
         faults.append(f"config: {rank} is {_short(config.get(rank))}; expected a number above 0")
     if not _is_positive(alpha) and not (ada and alpha == 0):  # 0 means the rank to AdaLoRA
         faults.append(f"config: lora_alpha is {_short(alpha)}; expected a number above 0")
-    faults += _pattern_faults(config, ("alpha_pattern",) if ada else _PATTERNS)
+    faults += [] if ada else _pattern_faults(config)
     faults += [
         f"config: {name} is {_short(config[name])}; expected true or false"
         for name in _FLAGS
@@ -247,22 +289,22 @@ def _value_faults(config: Mapping[str, Any], *, ada: bool) -> list[str]:
     return faults
 
 
-_PATTERNS = ("rank_pattern", "alpha_pattern")
-
-
-def _pattern_faults(config: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:
+def _pattern_faults(config: Mapping[str, Any]) -> list[str]:
     faults = []
-    for name in names:
+    for name, test in (("rank_pattern", _is_whole), ("alpha_pattern", _is_positive)):
         patterns = config.get(name) or {}
-        if not isinstance(patterns, dict) or not all(map(_is_positive, patterns.values())):
+        if not isinstance(patterns, dict) or not all(map(test, patterns.values())):
             text = _short(patterns)
             faults.append(f"config: {name} is {text}; expected patterns with numbers above 0")
-            continue
-        faults += [
-            f"config: {name} holds a bad regular expression {_short(pattern)}"
-            for pattern in patterns
-            if not _is_expression(pattern)
-        ]
+        elif len(patterns) > MOST_PATTERNS:
+            faults.append(f"config: {name} has {len(patterns)} patterns")
+        else:
+            faults += [
+                f"config: {name} holds {_short(pattern)}, which is no regular expression of the "
+                "plain kind"
+                for pattern in patterns
+                if not _is_expression(pattern)
+            ]
     return faults
 
 
@@ -271,7 +313,7 @@ def _is_texts(value: object) -> bool:
 
 
 def _is_targets(value: object) -> bool:
-    return _is_expression(value) if isinstance(value, str) else _is_texts(value)
+    return isinstance(value, str) or _is_texts(value)
 
 
 def _is_flags(value: object) -> bool:
@@ -279,7 +321,8 @@ def _is_flags(value: object) -> bool:
 
 
 def _is_indices(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    whole = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return whole and bool(value)
 
 
 def _is_rows(value: object) -> bool:
@@ -319,12 +362,23 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+# Syntax that `re` and `regex` read differently, or that one of them does not know.
+_ODD = re.compile(
+    r"\(\?(?![:=!]|<[=!])|\[\[|[&|~-]{2}|\{(?!\d+(,\d*)?\})|[*+?}]\+|\\(?![dDwWsSbB\W])"
+)
+
+
 def _is_expression(pattern: object) -> bool:
-    try:
-        regex.compile(rf"(.*\.)?({pattern})$")
-    except (regex.error, RecursionError, OverflowError):
+    """Return whether `pattern` is an expression that means the same wherever it is matched."""
+    if not isinstance(pattern, str) or _ODD.search(pattern):
         return False
-    return isinstance(pattern, str)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, Warning, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _is_number(value: object) -> bool:
@@ -332,4 +386,8 @@ def _is_number(value: object) -> bool:
 
 
 def _is_positive(value: object) -> bool:
-    return _is_number(value) and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]
+    return _is_number(value) and 0 < value < LARGEST  # type: ignore[operator]
+
+
+def _is_whole(value: object) -> bool:
+    return _is_positive(value) and int(value) == value  # type: ignore[call-overload]

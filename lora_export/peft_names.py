@@ -51,7 +51,7 @@ _PARTS = tuple(
         ("magnitude", rf"lora_magnitude_vector{_NAME}\.weight"),
         ("magnitude", rf"lora_magnitude_vector{_NAME}"),
         ("diagonal", rf"lora_diag{_NAME}"),
-        ("diagonal", rf"lora_E{_NAME}"),
+        ("singular", rf"lora_E{_NAME}"),
         ("rows", rf"token_adapter\.trainable_tokens_delta{_NAME}"),
     )
 )
@@ -119,7 +119,7 @@ def read(
             try:
                 if "rows" in parts:
                     rows[path] = _rows(path, parts.pop("rows"), stated)
-                if "adalora" in stated.variant and not all(v.size for v in parts.values()):
+                if "adalora" in stated.variant and not any(v.size for v in parts.values()):
                     found.ignored[path] = "AdaLoRA pruned it to rank 0"
                 elif parts:
                     name, pair = _factors(path, parts, stated)
@@ -348,38 +348,35 @@ def _factors(path: str, parts: Mapping[str, Array], stated: PeftConfig) -> tuple
         alpha=stated.alpha_of(path),
         scale=stated.scale_of(path, of_scale or rank),
         kind=kind,
-        diagonal=_flat(path, parts.get("diagonal"), rank, "lora_diag"),
+        diagonal=_flat(path, parts.get("diagonal", parts.get("singular")), rank, "the diagonal"),
         magnitude=_flat(path, parts.get("magnitude"), int(b.shape[0]), "lora_magnitude_vector"),
         bias=_flat(path, parts.get("bias"), int(b.shape[0]), "lora_B.bias"),
     )
-    _check_variant(path, pair, stated)
+    _check_variant(path, parts, stated)
     return path, pair
 
 
-def _check_variant(path: str, pair: Factors, stated: PeftConfig) -> None:
+# Parts that belong to a variant: the tensor, the setting that announces it.
+_VARIANT_PARTS = {
+    "magnitude": ("lora_magnitude_vector", "use_dora", "dora"),
+    "diagonal": ("lora_diag", "kasa_config", "kasa"),
+    "singular": ("lora_E", "peft_type ADALORA", "adalora"),
+    "bias": ("lora_B.bias", "lora_bias", None),
+}
+
+
+def _check_variant(path: str, parts: Mapping[str, Array], stated: PeftConfig) -> None:
     """Raise where the tensors and the config's variant contradict each other."""
     names = stated.variant.split("+")
-    for present, wanted, tensor, setting in (
-        (pair.magnitude, "dora" in names, "lora_magnitude_vector", "use_dora"),
-        (pair.bias, stated.lora_bias, "lora_B.bias", "lora_bias"),
-        (pair.diagonal, "kasa" in names, "lora_diag", "kasa_config"),
-        (pair.diagonal, "adalora" in names, "lora_E", "peft_type ADALORA"),
-    ):
-        if wanted and present is None:
+    for part, (tensor, setting, variant) in _VARIANT_PARTS.items():
+        wanted = stated.lora_bias if variant is None else variant in names
+        if wanted and part not in parts:
             raise InputError(f"{path}: the config says {setting}, the file holds no {tensor}")
-    if pair.magnitude is not None and "dora" not in names:
-        raise InputError(
-            f"{path}: the file holds lora_magnitude_vector, the config says use_dora false"
-        )
-    if pair.diagonal is not None and not {"kasa", "adalora"} & set(names):
-        raise InputError(
-            f"{path}: the file holds a diagonal, the config says neither KaSA nor AdaLoRA"
-        )
-    if pair.bias is not None and not stated.lora_bias:
-        raise InputError(
-            f"{path}: the file holds lora_B.bias, the config says lora_bias false; PEFT would "
-            "leave the bias out. Correct the config, or remove the tensor"
-        )
+        if part in parts and not wanted:
+            raise InputError(
+                f"{path}: the file holds {tensor}, the config does not say {setting}; PEFT would "
+                "leave it out. Correct the config, or remove the tensor"
+            )
 
 
 def _experts(path: str, parts: Mapping[str, Array], stated: PeftConfig) -> tuple[str, Factors]:

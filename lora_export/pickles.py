@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # only reading such a file loads torch
     from torch import Tensor
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+MOST_COPIES = 2  # tied tensors share one storage
 _WRAPPED = ("state_dict", "model_state_dict", "module")  # where trainers put the tensors
 
 
@@ -34,11 +35,25 @@ def read(path: Path) -> dict[str, Array]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a stranger's bytes: torch raises as it comes
         raise InputError(refused("pickle", str(path), type(error).__name__)) from error
-    while isinstance(content, Mapping) and (key := next((k for k in _WRAPPED if k in content), "")):
-        content = content[key]
+    for key in _WRAPPED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise InputError(f"{path}: holds no tensors by name")
-    return {str(name): _array(f"{path}: {name}", value) for name, value in content.items()}
+    found, size = {}, 0
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise InputError(refused("pickle", str(path), f"a {type(name).__name__} for a name"))
+        try:
+            found[name] = _array(f"{path}: {name}", value)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(refused("pickle", f"{path}: {name}", "no plain tensor")) from error
+        size += found[name].nbytes
+        if size > MOST_COPIES * path.stat().st_size:  # views of one storage, each a copy here
+            raise InputError(f"{path}: its tensors take {size} bytes and more, spread out of less")
+    return found
 
 
 def _check_archive(path: Path) -> None:
@@ -67,7 +82,4 @@ def _array(where: str, value: Any) -> Array:
     tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    try:
-        return np.asarray(tensor.numpy())
-    except (TypeError, RuntimeError) as error:
-        raise InputError(f"{where}: cannot compute with tensors of dtype {tensor.dtype}") from error
+    return np.asarray(tensor.numpy())

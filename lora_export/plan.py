@@ -22,8 +22,8 @@ from lora_export.architecture import (
     first_in,
     stack,
 )
-from lora_export.config import matches, nearest
-from lora_export.errors import AdapterMismatch, InputError, listed
+from lora_export.config import nearest
+from lora_export.errors import MOST_LISTED, AdapterMismatch, InputError, listed
 from lora_export.records import (
     CONV,
     EMBEDDING,
@@ -216,8 +216,10 @@ class _Planner:
         if not links and owner.refusal:
             self.faults.append(refused(owner.refusal, name, owner.found))
         elif not links:
-            known = self.architecture.shapes
-            self.faults.append(f"{name}: no such tensor (near: {nearest(name, known)})")
+            near = ""
+            if len(self.faults) < MOST_LISTED:  # looking for neighbours takes its time
+                near = f" (near: {nearest(name, self.architecture.shapes)})"
+            self.faults.append(f"{name}: no such tensor{near}")
         elif links[0].tensor != name:
             self.renamed[name] = links[0].tensor
         return links
@@ -234,6 +236,8 @@ class _Planner:
         needed = self.architecture.shapes[tensor]
         if needed != value.shape:
             self.faults.append(f"{name}: adapter has shape {value.shape}, the model {needed}")
+        if is_float(value) != self._is_float(tensor):
+            self.faults.append(f"{name}: adapter has dtype {value.dtype}, which the model has not")
         others = self.architecture.tied(tensor) - {tensor}
         twins = [o for o in others if o in self.adapter.replaced]
         same = all(_equal(self.adapter.replaced[o], value) for o in twins)
@@ -242,6 +246,13 @@ class _Planner:
             self.faults.append(refused("tied", name, f"shared with {', '.join(sorted(others))}"))
         if not any(other in self.placed for other in others):
             self.placed[tensor] = name
+
+    def _is_float(self, tensor: str) -> bool:
+        """Return whether the model's `tensor` holds floats: as stored, or as all parameters do."""
+        stored = self.architecture.stored_for(tensor)
+        if stored:
+            return self.checkpoint.tensors[stored[0].stored].dtype in FLOATS
+        return tensor not in self.architecture.buffers
 
     def _merge(self, path: str, pair: Factors) -> None:
         """Have the update of the module at `path` added where it lies."""
@@ -507,12 +518,13 @@ class _Planner:
         """Return the base's tensors that do not have the shape that the model needs."""
         faults = []
         for link in self.architecture.links:
-            whole = link.box is None and link.offset is None and not link.swapped
-            if not whole or link.tensor in self.architecture.unfollowed or self._own(link.tensor):
+            whole = link.box is None and link.offset is None
+            if link.tensor in self.architecture.unfollowed or (whole and self._own(link.tensor)):
                 continue
             stored = self.checkpoint.tensors[link.stored].shape
             needed = self.architecture.shapes[link.tensor]
-            if stored != needed:
+            same = stored == needed
+            if not (same if whole and not link.swapped else _fits(stored, needed, link)):
                 faults.append(f"{link.tensor}: the base has shape {stored}, the model {needed}")
         return faults
 
@@ -528,7 +540,7 @@ class _Planner:
         heads = [
             path
             for path in _owners(self.architecture.shapes)
-            if any(matches(name, path) for name in promises.saved)
+            if any(path == name or path.endswith("." + name) for name in promises.saved)
             and not any(tensor.startswith(path + ".") for tensor in held)
         ]
         lost = [
@@ -706,6 +718,15 @@ def _local(region: Box, link: Link, start: Box) -> Box:
         for r, s, o in zip(region, start, origin, strict=True)
     ]
     return (spans[0], spans[2], spans[1]) if link.swapped else (spans[0], spans[1], spans[2])
+
+
+def _fits(stored: tuple[int, ...], needed: tuple[int, ...], link: Link) -> bool:
+    """Return whether the stored tensor is as large as its region of the model's tensor."""
+    have = stack(stored)
+    if link.offset is not None:
+        return all(stop <= size for (_, stop), size in zip(link.offset, have, strict=True))
+    experts, rows, columns = map(_length, link.box) if link.box else stack(needed)
+    return have == ((experts, columns, rows) if link.swapped else (experts, rows, columns))
 
 
 def _part(

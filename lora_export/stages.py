@@ -258,15 +258,21 @@ def merged_modules(job: Job, folder: Path) -> Modules:
     return Modules(
         expected={name: str(info.shape) for name, info in job.checkpoint.tensors.items()},
         found={name: str(info.shape) for name, info in found.items()},
-        lora_names=tuple(sorted(name for name in found if "lora" in name.lower())),
+        lora_names=_lora_names(found, job.checkpoint.tensors),
     )
 
 
 def modules_of(model: nn.Module) -> Modules:
     """Return the module tree of the merged `model`, and that of its architecture."""
-    names = (*model.state_dict(), *(name for name, _ in model.named_modules()))
+    plain = models.blank(model.config)
+    names, known = ((*m.state_dict(), *dict(m.named_modules())) for m in (model, plain))
     return Modules(
-        expected=models.module_classes(models.blank(model.config)),
+        expected=models.module_classes(plain),
         found=models.module_classes(model),
-        lora_names=tuple(sorted({name for name in names if "lora" in name.lower()})),
+        lora_names=_lora_names(names, known),
     )
+
+
+def _lora_names(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Return the `names` that speak of LoRA, where the architecture itself does not."""
+    return tuple(sorted(n for n in {*names} - {*known} if "lora" in n.lower()))

@@ -33,6 +33,7 @@ _NUMPY = {
 _NAMES = {np.dtype(code): name for name, code in _NUMPY.items()}
 _NAMES[np.dtype(ml_dtypes.bfloat16)] = "BF16"
 MOST_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MOST_AXES = 32  # of a numpy array
 LFS_POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -97,7 +98,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = int.from_bytes(head, "little")
             if len(head) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
                 raise InputError(f"{path} is not a safetensors file, or it is truncated")
-            header = json.loads(stream.read(length))
+            header = json.loads(
+                stream.read(length), object_pairs_hook=_once, parse_constant=_no_number
+            )
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(
             isinstance(text, str) for text in metadata.values()
@@ -116,10 +119,26 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; a key that comes twice is no valid header."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    for name in found:
+        name.encode()  # raises where half a character stands alone
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
 def _tensor_info(path: Path, name: str, entry: Mapping[str, Any], data: int) -> TensorInfo:
     start, end = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (start, end, *entry["shape"])):
         raise InputError(f"{path}: {name} has a shape or a place that is no whole number")
+    if len(entry["shape"]) > MOST_AXES or math.prod(n or 1 for n in entry["shape"]) >= 2**63:
+        raise InputError(f"{path}: {name} has a shape that no array can have")
     info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), path, data + start, data + end)
     if info.dtype not in DTYPE_BYTES:
         raise InputError(f"{path}: {name} has the unknown dtype {info.dtype}")
@@ -191,6 +210,8 @@ def refuse_pointer(path: Path) -> None:
             found = stream.read(len(LFS_POINTER))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # a name that no file can have
+        raise InputError(f"cannot read {str(path)!r}: {error}") from error
     if found == LFS_POINTER:
         raise InputError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull`")
 
@@ -296,4 +317,9 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor], metadata: Mappin
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write `value` as indented JSON, keys in the given order."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # half a character stands alone, and has to stay escaped
+        data = (json.dumps(value, indent=2) + "\n").encode()
+    path.write_bytes(data)

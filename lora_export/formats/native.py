@@ -76,7 +76,7 @@ def write(adapter: Adapter, path: Path) -> None:
 def _json(metadata: Mapping[str, str], name: str, path: Path, default: Any) -> Any:
     try:
         return json.loads(metadata[_KEY + name]) if _KEY + name in metadata else default
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: metadata {_KEY}{name} is not JSON") from error
 
 
@@ -84,6 +84,10 @@ def _base(fields: Mapping[str, Any], path: Path) -> BaseRef:
     try:
         known = dict(fields)
         mark = known.pop("fingerprint", None)
-        return BaseRef(**known, fingerprint=Fingerprint(**mark) if mark else None)
+        found = Fingerprint(**mark) if mark else None
+        texts = [*known.values(), *((found.sha256, found.dtype) if found else ())]
+        if not all(isinstance(text, str | None) for text in texts):
+            raise TypeError("expected texts")
+        return BaseRef(**known, fingerprint=found)
     except TypeError as error:
         raise InputError(f"{path}: metadata {_KEY}base is damaged: {error}") from error
