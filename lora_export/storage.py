@@ -99,7 +99,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             if len(head) < 8 or length > min(size - 8, MOST_HEADER_BYTES):
                 raise InputError(f"{path} is not a safetensors file, or it is truncated")
             header = json.loads(
-                stream.read(length), object_pairs_hook=_once, parse_constant=_no_number
+                stream.read(length),
+                object_pairs_hook=_once,
+                parse_int=_within_range,
+                parse_float=_no_number,
+                parse_constant=_no_number,
             )
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(
@@ -129,8 +133,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _within_range(text: str) -> int:
+    number = int(text)
+    if abs(number) >= 2**63:
+        raise ValueError(f"{text[:40]} is out of range")
+    return number
+
+
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text[:40]} is no number that a header holds")
 
 
 def _tensor_info(path: Path, name: str, entry: Mapping[str, Any], data: int) -> TensorInfo:
