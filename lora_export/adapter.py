@@ -53,7 +53,11 @@ def read_adapter(
         InputError: there is nothing at `path`, or no known format, or it is damaged.
     """
     place = locate(path)
-    adapter: Adapter = formats.load(format or _detect(place)).read(place, reading)
+    name = format or _detect(place)
+    reader = formats.load(name)
+    if reading is not None and reading.alpha is not None and not hasattr(reader, "TAKES_ALPHA"):
+        raise InputError(f"{place}: files of the format {name} say alpha themselves; drop --alpha")
+    adapter: Adapter = reader.read(place, reading)
     return adapter
 
 

@@ -60,13 +60,12 @@ class Architecture:
     prefix: str = ""  # of the base model in the architecture
 
     def stored_for(self, tensor: str) -> list[Link]:
-        """Return the links of the model's `tensor` to the disk, by its name or a tied one."""
-        own = self._by_tensor.get(tensor, [])
-        if own:
-            return own
-        return next(
-            (self._by_tensor[n] for n in sorted(self.tied(tensor)) if n in self._by_tensor), []
-        )
+        """Return the links of the model's `tensor` to the disk, by its name and all tied ones.
+
+        A checkpoint may hold both sides of a tie; what is done to one is done to the other.
+        """
+        names = sorted(self.tied(tensor))
+        return [link for name in names for link in self._by_tensor.get(name, [])]
 
     def tied(self, tensor: str) -> frozenset[str]:
         """Return the names that share the storage of `tensor`, itself among them."""
@@ -125,6 +124,9 @@ def read_off(
 ) -> Architecture | None:
     """Return the architecture that the checkpoint's own names and shapes tell, or None.
 
+    What the checkpoint holds is taken to be all that the model needs: layers that differ from each
+    other are noticed, a tensor that is missing from all of them is not.
+
     None means that the model has to be asked: the adapter brings a head, touches what may be tied,
     has names that the checkpoint does not have, or a square weight could lie either way.
     """
@@ -144,6 +146,8 @@ def read_off(
     for name, value in adapter.replaced.items():
         info = checkpoint.tensors.get(name)
         if info is None or info.shape != value.shape or not _in_stack(name, checkpoint, config):
+            return None
+        if value.ndim > 1:  # a list of embeddings or heads is a stack too, and may be tied
             return None
     for name, info in checkpoint.tensors.items():  # for what the config targets, and the file lacks
         path = name.removesuffix(".weight")
@@ -191,28 +195,32 @@ def _is_simple(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, An
 
 
 def _in_stack(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
-    """Return whether `name` lies in a stack of layers of which every one is on disk.
+    """Return whether `name` lies in a stack of layers of which every one is on disk, and whole.
 
-    Tied weights are stored once, so a name that is there for every layer is tied across none, and
-    embeddings and heads are in no stack.
+    Tied weights are stored once, so a linear map that is there for every layer is tied across none.
     """
     match = re.search(r"(?<=\.)\d+(?=\.)", name)
-    if match is None:
-        return False
-    head, tail = name[: match.start()], name[match.end() :]
-    whole = tail if f"{head}{match[0]}{tail}" in checkpoint.tensors else f"{tail}.weight"
-    count = 0
-    while f"{head}{count}{whole}" in checkpoint.tensors:
-        count += 1
-    return count > int(match[0]) and count in _integers(config)
+    layers = _layers(checkpoint, name[: match.start()]) if match else {}
+    same = len({frozenset(tails) for tails in layers.values()}) == 1
+    return same and set(layers) == set(range(len(layers))) and len(layers) in _depths(config)
 
 
-def _integers(config: Mapping[str, Any]) -> set[int]:
-    """Return the numbers in a config and its parts: the number of layers is one of them."""
-    found = {value for value in config.values() if type(value) is int}
+def _layers(checkpoint: Checkpoint, head: str) -> dict[int, set[tuple[str, tuple[int, ...]]]]:
+    """Return names and shapes of the tensors of each layer below `head`, by the layer's index."""
+    found: dict[int, set[tuple[str, tuple[int, ...]]]] = defaultdict(set)
+    for name, info in checkpoint.tensors.items():
+        index, _, tail = name.removeprefix(head).partition(".")
+        if name.startswith(head) and index.isdigit():
+            found[int(index)].add((tail, info.shape))
+    return found
+
+
+def _depths(config: Mapping[str, Any]) -> set[int]:
+    """Return the numbers of layers that a config and its parts name."""
+    found = {value for key, value in config.items() if type(value) is int and "layer" in key}
     for value in config.values():
         if isinstance(value, dict):
-            found |= _integers(value)
+            found |= _depths(value)
     return found
 
 

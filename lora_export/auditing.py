@@ -77,6 +77,8 @@ def _twins(adapter: Adapter, placed: set[str]) -> set[str]:
 def _is_copy(step: Step, checkpoint: Checkpoint, merged: Checkpoint) -> bool:
     """Whether the written tensor is the base's, or its value rounded once to the asked dtype."""
     source, written = checkpoint.tensors[str(step.source)], merged.tensors[step.name]
+    if written.dtype != step.dtype:
+        return False
     if source.dtype == written.dtype:  # bit for bit, whatever the dtype
         return source.shape == written.shape and source.read() == written.read()
     return _holds(written, source.array())
@@ -84,11 +86,13 @@ def _is_copy(step: Step, checkpoint: Checkpoint, merged: Checkpoint) -> bool:
 
 def _holds(info: TensorInfo, value: Array) -> bool:
     """Whether the tensor on disk is `value`, rounded once to the dtype on disk."""
+    if info.shape != value.shape:
+        return False
     if not is_float(value):
-        return info.shape == value.shape and bool((info.array() == value).all())
+        return bool((info.array() == value).all())
     exact = value.astype(np.float64)
     error = np.abs(info.array().astype(np.float64) - exact)
-    return info.shape == value.shape and bool((error <= 0.5 * ulp(exact, info.dtype)).all())
+    return bool((error <= 0.5 * ulp(exact, info.dtype)).all())
 
 
 def weights(
@@ -113,7 +117,9 @@ def _audit(
     for part in step.parts:
         _apply(part, exact, base, plan, adapter, kept)
     update = exact - base
-    info = merged.tensors[step.name]
+    info = merged.tensors.get(step.name)
+    if info is None or (info.shape, info.dtype) != (step.shape, step.dtype):
+        return WeightAudit(step.name, exact.size, exact.size, float("inf"), exact.size, 1.0)
     stored = info.array().astype(np.float64)
     spacing = ulp(exact, info.dtype)
     error = np.abs(stored - exact) / spacing

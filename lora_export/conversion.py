@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_export import formats, publishing
+from lora_export import formats, publishing, storage
 from lora_export.adapter import locate, read_adapter
 from lora_export.errors import InputError
 from lora_export.normalising import normalised
@@ -47,4 +47,7 @@ def convert(
     publishing.check_output(target, overwrite=overwrite, directory=directory, inputs=[source])
     with publishing.staged(target, overwrite=overwrite) as place:
         writer.write(found, place)
+        if directory:  # a mark of ours, so that --overwrite may replace it
+            source_of = {"schema": 1, "converted": found.sha256, "normalised": normalise}
+            storage.write_json(place / publishing.MARKS[0], source_of)
     return found

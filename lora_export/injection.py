@@ -89,12 +89,15 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         AdapterMismatch: a module or tensor is missing in the model, or its shape differs. All
             faults are listed, and the model is left as it was.
     """
-    if faults := _misfits(model, adapter):
-        raise AdapterMismatch(listed("the adapter does not fit this model", faults))
+    with recomputed.aside(model):
+        if faults := _misfits(model, adapter):
+            raise AdapterMismatch(listed("the adapter does not fit this model", faults))
+        others = [path for path in adapter.modules if not _has_layer(model, adapter, path)]
+        prepared = recomputed.prepare(model, adapter, others)
     layers = {
         path: LoraConfig(pair.rank, pair.alpha, adapter.dropout, variant=adapter.variant)
         for path, pair in adapter.modules.items()
-        if _has_layer(model, adapter, path)
+        if path not in others
     }
     detach(model)
     _install(model, layers, tuple(adapter.replaced))
@@ -106,7 +109,7 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             layer.lora_B = _parameter(pair.b, layer.weight)
         for name, value in adapter.replaced.items():
             _tensor(model, name).copy_(torch.from_numpy(widened(value)))
-    recomputed.attach(model, adapter, [path for path in adapter.modules if path not in layers])
+    recomputed.attach(model, prepared)
 
 
 def _has_layer(model: nn.Module, adapter: Adapter, path: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_export import recomputed, storage, variants
+from lora_export import models, recomputed, storage, variants
 from lora_export.architecture import stack
 from lora_export.errors import InputError
 from lora_export.injection import forget, lora_layers
@@ -22,11 +22,14 @@ from lora_export.storage import Checkpoint, NewTensor, dtype_name
 
 PROVENANCE = "lora_export.json"
 # What a user of the base needs beside the weights. Code of the model is left behind on purpose.
+LOADED = (".safetensors", ".bin", ".json", ".py", ".model")
+TOKENIZER = (
+    *models.VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "merges.txt", "normalizer.json", "target.spm", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
-    "preprocessor_config.json",
+    *TOKENIZER, "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -104,7 +107,13 @@ def write_merged(
         _copy(file, out / name)
     files = {name: storage.sha256(out / name) for name in shards}
     known = {**_provenance(plan, adapter, checkpoint), "options": dict(options or {})}
-    storage.write_json(out / PROVENANCE, {**known, "files": files})
+    companion = {name: storage.sha256(out / name) for name in ("config.json", *found)}
+    storage.write_json(out / PROVENANCE, {**known, "files": files, "companions": companion})
+
+
+def is_loaded(name: str) -> bool:
+    """Return whether a loader may read a file of this name, beside those that a merge wrote."""
+    return name != PROVENANCE and "/" not in name and Path(name).suffix in LOADED
 
 
 def companions_of(folder: Path) -> dict[str, Path]:
@@ -116,7 +125,8 @@ def _copy(source: Path, target: Path) -> None:
     """Copy a file that belongs to the base, without the place that it once was loaded from."""
     if source.name == "tokenizer_config.json":
         fields = storage.read_json(source)
-        fields.pop("name_or_path", None)
+        for name in ("name_or_path", "tokenizer_file", "special_tokens_map_file"):
+            fields.pop(name, None)
         storage.write_json(target, fields)
     else:
         shutil.copyfile(source, target)
@@ -153,6 +163,8 @@ def _merged(
             result[list(rows.indices)] = round_once(values, dtype)
             continue
         pair = adapter.modules[part.module]
+        if pair.is_zero and not variants.changes_base(plan.variant):
+            continue  # adding nothing would still turn -0 into 0
         if part.what == BIAS:
             assert pair.bias is not None
             exact = start.double() + pair.scale * torch.from_numpy(widened(pair.bias)).double()
@@ -222,13 +234,18 @@ def _config_json(base: Path, settings: Mapping[str, Any], plan: MergePlan) -> di
     fields = storage.read_json(base / "config.json")
     text = fields.get("text_config")
     inner: dict[str, Any] = text if isinstance(text, dict) else {}
-    for name, value in settings.items():
-        (inner if name in inner and name not in fields else fields)[name] = value
+    for name, value in settings.items():  # at every level that has the field
+        if name in inner:
+            inner[name] = value
+        if name in fields or name not in inner:
+            fields[name] = value
     for name in ("num_labels", "_name_or_path"):  # told by the labels; a place, perhaps a path
         fields.pop(name, None)
     dtypes = {str(TORCH_DTYPES[step.dtype]).removeprefix("torch.") for step in plan.of(MERGE)}
     if len(dtypes) == 1:
-        fields |= dict.fromkeys(fields.keys() & {"dtype", "torch_dtype"}, dtypes.pop())
+        dtype = dtypes.pop()
+        for level in (fields, inner):
+            level |= dict.fromkeys(level.keys() & {"dtype", "torch_dtype"}, dtype)
     return fields
 
 

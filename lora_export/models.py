@@ -31,9 +31,9 @@ MOST_LAYERS = 1000
 MOST_LABELS = 1_000_000
 TASKS = tuple(_TASK_TABLES)
 
-_VOCABULARIES = (
+VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
-    "tokenizer.model",
+    "tokenizer.model", "spm.model", "sentencepiece.model", "bpe.codes", "source.spm",
 )  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def embeddings(model: nn.Module) -> list[str]:
 
 def has_tokenizer(base: Path) -> bool:
     """Return whether the directory `base` holds a vocabulary."""
-    return any((base / name).is_file() for name in _VOCABULARIES)
+    return any((base / name).is_file() for name in VOCABULARIES)
 
 
 def tokenizer(base: Path) -> Any:
@@ -174,7 +174,7 @@ def tokenizer(base: Path) -> Any:
 
     # Without a vocabulary transformers builds a tokenizer that turns every word into [UNK].
     if not has_tokenizer(base):
-        raise InputError(f"no tokenizer in {base}: none of {', '.join(_VOCABULARIES)}")
+        raise InputError(f"no tokenizer in {base}: none of {', '.join(VOCABULARIES)}")
     with quiet():
         return _loaded(AutoTokenizer, base, "tokenizer")
 

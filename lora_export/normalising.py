@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from lora_export.errors import InputError, listed
-from lora_export.records import EXPERTS, Adapter, Array, Factors
+from lora_export.records import EXPERTS, Adapter, Array, Factors, all_finite
 
 
 def normalised(adapter: Adapter) -> Adapter:
@@ -23,17 +23,17 @@ def normalised(adapter: Adapter) -> Adapter:
     names = set(adapter.variant.split("+")) & {"dora", "kasa", "pissa", "olora"}
     faults = [f"{name}: its merged weight is no sum of the base and a product" for name in names]
     init = adapter.fields.get("init_lora_weights")
-    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal", "mica"):
+    if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
         faults.append(f"init_lora_weights {init}: training changed the base first")
     if faults:
         raise InputError(listed("cannot be normalised", faults))
     ranks = [pair.rank for pair in adapter.modules.values() if pair.kind != EXPERTS]
     widest = max(ranks, default=0)
-    return dataclasses.replace(
-        adapter,
-        modules={path: _plain(pair, widest) for path, pair in adapter.modules.items()},
-        variant="lora",
-    )
+    with np.errstate(over="ignore"):  # said below, with the names
+        modules = {path: _plain(pair, widest) for path, pair in adapter.modules.items()}
+    if large := [path for path, pair in modules.items() if not all_finite(pair.b)]:
+        raise InputError(listed("scale times B is too large for float32", large))
+    return dataclasses.replace(adapter, modules=modules, variant="lora")
 
 
 def _plain(pair: Factors, rank: int) -> Factors:

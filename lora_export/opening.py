@@ -22,7 +22,6 @@ from lora_export.refusals import refused
 from lora_export.storage import Checkpoint
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-TOKENIZER = set(merging.COMPANIONS) - {"generation_config.json", "preprocessor_config.json"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class Options:
             if getattr(self, name) not in known:
                 expected = ", ".join(str(value) for value in known if value)
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {expected}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise InputError(f"alpha is {self.alpha!r}; expected a number above 0")
+        _ = self.reading  # checks itself
 
     @property
     def reading(self) -> Reading:
@@ -105,8 +103,10 @@ class Job:
         found = merging.companions_of(self.base)
         if not self.own_tokenizer:
             return found
-        own = {n: f for n, f in merging.companions_of(self.source).items() if n in TOKENIZER}
-        return {name: file for name, file in found.items() if name not in TOKENIZER} | own
+        own = {
+            n: f for n, f in merging.companions_of(self.source).items() if n in merging.TOKENIZER
+        }
+        return {name: file for name, file in found.items() if name not in merging.TOKENIZER} | own
 
     @property
     def own_tokenizer(self) -> bool:
@@ -317,11 +317,14 @@ class _Fitting:
                 f"layer_replication {spans} does not fit a base of {depth} layers"
             )
         copies = [index for start, stop in spans for index in range(start, stop)]
+        if len(copies) <= max(copies):
+            raise AdapterMismatch(f"layer_replication {spans} leaves layers out")
         if len(copies) > models.MOST_LAYERS:
             raise AdapterMismatch(f"layer_replication asks for {len(copies)} layers")
         self.replication = dict(enumerate(copies))
         for name, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == depth:
+            per_layer = name.endswith(("layer_types", "block_type"))
+            if per_layer and isinstance(value, list) and len(value) == depth:
                 self._set(name, [value[index] for index in copies])
         self._set("num_hidden_layers", len(copies))
 

@@ -15,7 +15,7 @@ import regex
 
 from lora_export import variants
 from lora_export.errors import InputError, listed
-from lora_export.records import Reading
+from lora_export.records import LARGEST, Reading
 from lora_export.refusals import refused
 
 # Fields whose use is refused, whatever the tensors say.
@@ -49,8 +49,7 @@ _INITS = ("gaussian", "eva", "orthogonal", "mica")  # leave the base as it is
 _RESIDUAL = ("corda", "lora_ga", "loftq", "pissa_niter_")  # change it in ways that cannot be redone
 MOST_SECONDS = 3.0  # for all expressions of one config on all paths
 MOST_PATTERNS = 20_000
-LARGEST = 1e30  # rank or alpha
-_PLAIN = re.compile(r"[\w.-]+")
+_PLAIN = re.compile(r"\^?[\w.-]+")
 T = TypeVar("T")
 _LAYOUTS = {"rank_major": "rank-major", "grouped_by_expert": "expert-major"}  # Unsloth's words
 
@@ -160,7 +159,7 @@ class _Matcher:
     def matching(self, patterns: Mapping[str, T], path: str) -> dict[str, T]:
         """Return those of `patterns` that match `path` or a dotted end of it, in their order."""
         parts = path.split(".")
-        ends = {".".join(parts[index:]) for index in range(len(parts))}
+        ends = {".".join(parts[index:]) for index in range(len(parts))} | {"^" + path}
         found = {}
         for pattern, value in patterns.items():
             name = _literal(pattern)

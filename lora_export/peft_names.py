@@ -244,7 +244,9 @@ def _compare(key: str, known: str, value: Array, found: _Sorted, path: str, part
     if first is not None and first.shape == value.shape and np.array_equal(first, value):
         found.ignored[key] = f"the same as {known}"
     else:
-        found.faults.append(f"{key}: a second {part} for {path}, unlike {known}")
+        found.faults.append(
+            f"{key}: a second {_SPELLED.get(part, part)} for {path}, unlike {known}"
+        )
 
 
 def _prefix_notes(prefixes: Counter[str]) -> list[str]:
@@ -327,7 +329,7 @@ def _factors(path: str, parts: Mapping[str, Array], stated: PeftConfig) -> tuple
         raise InputError(f"{path}: holds a pair for an embedding and one for a linear layer")
     a, b = parts[names[0]], parts[names[1]]
     of_scale = None
-    if stated.enabled and b.ndim == 3:
+    if stated.enabled and (b.ndim == 3 or (b.ndim == 2 and a.shape[:1] != b.shape[1:])):
         of_scale, a, b = _unmerged(path, a, b, stated.enabled)
     elif stated.blocks:
         a, b = _dense(path, a, b, stated.blocks)
@@ -383,6 +385,9 @@ def _experts(path: str, parts: Mapping[str, Array], stated: PeftConfig) -> tuple
     """Return the factors of a parameter that PEFT wraps by itself; `path` is its name."""
     if missing := {"expert_a", "expert_b"} - parts.keys():
         raise InputError(f"{path}: {_SPELLED[missing.pop()]} is missing")
+    if beyond := set(stated.variant.split("+")) - {"lora", "rslora"}:
+        found = f"{', '.join(sorted(beyond))} on fused experts"
+        raise InputError(refused("layer-kind", path, found))
     if extra := parts.keys() - {"expert_a", "expert_b"}:
         raise InputError(refused("unknown-tensor", path, ", ".join(sorted(extra))))
     a, b = parts["expert_a"], parts["expert_b"]
@@ -552,8 +557,8 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
     """
     names = set(adapter.variant.split("+"))
     alphas = {path: _alpha(adapter, path) for path in adapter.modules}
-    rank = int(_commonest(pair.rank for pair in adapter.modules.values()))
-    alpha = _commonest(alphas.values())
+    rank = int(_commonest(pair.rank for pair in adapter.modules.values()) or 8)
+    alpha = _commonest(alphas.values()) or 8.0
     odd_ranks = {p: m.rank for p, m in adapter.modules.items() if m.rank != rank}
     odd_alphas = {p: value for p, value in alphas.items() if value != alpha}
     experts = [path for path, pair in adapter.modules.items() if pair.kind == EXPERTS]
@@ -562,7 +567,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         **adapter.fields,
         "peft_type": "LORA",
         "task_type": adapter.task_type,
-        "base_model_name_or_path": adapter.base.id,
+        "base_model_name_or_path": adapter.base.public_id,
         "revision": adapter.base.revision,
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
@@ -570,16 +575,22 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         "use_rslora": "rslora" in names,
         "use_dora": "dora" in names,
         "lora_bias": biases,
-        "rank_pattern": {re.escape(path): value for path, value in odd_ranks.items()},
-        "alpha_pattern": {re.escape(path): value for path, value in odd_alphas.items()},
+        "rank_pattern": {_alone(path, alphas): value for path, value in odd_ranks.items()},
+        "alpha_pattern": {_alone(path, alphas): value for path, value in odd_alphas.items()},
         "target_modules": sorted(adapter.modules.keys() - set(experts)),
         "target_parameters": sorted(experts) or None,
         "modules_to_save": _saved_modules(adapter) or None,
-        "bias": "none",
+        "bias": _bias_setting(adapter),
         "fan_in_fan_out": False,
         "init_lora_weights": adapter.fields.get("init_lora_weights", True),
         "inference_mode": True,
     }
+
+
+def _alone(path: str, paths: Iterable[str]) -> str:
+    """Return a pattern that matches `path` and none of the other `paths`."""
+    is_end = any(other.endswith("." + path) for other in paths)
+    return "^" * is_end + re.escape(path)
 
 
 def _alpha(adapter: Adapter, path: str) -> float:
@@ -597,7 +608,7 @@ def tensors_of(adapter: Adapter) -> dict[str, Array]:
 
     What AdaLoRA stores as a diagonal is multiplied into B: plain LoRA has no place for it.
     """
-    tensors = {PREFIX + name: value for name, value in adapter.replaced.items()}
+    tensors = {PREFIX + _stored_as(name, adapter): v for name, v in adapter.replaced.items()}
     experts = [path for path, pair in adapter.modules.items() if pair.kind == EXPERTS]
     nesting = _nesting(experts, adapter.nested)
     for path, pair in adapter.modules.items():
@@ -645,8 +656,29 @@ def _nesting(names: Iterable[str], orders: Mapping[str, tuple[str, ...]]) -> dic
 
 
 def _commonest(values: Iterable[float]) -> float:
-    """Return the value that occurs most often, the smallest of several: never a matter of order."""
-    return min(Counter(values).items(), key=lambda item: (-item[1], item[0]))[0]
+    """Return the value that occurs most often, the smallest of several; 0 where there is none."""
+    return min(Counter(values).items(), key=lambda item: (-item[1], item[0]), default=(0.0, 0))[0]
+
+
+def _stored_as(name: str, adapter: Adapter) -> str:
+    """Return PEFT's name for a tensor stored whole: that of an adapted module lies in its base."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.base_layer.{leaf}" if module in adapter.modules else name
+
+
+def _trained_biases(adapter: Adapter) -> set[str]:
+    """Return the biases that are stored without the weight beside them."""
+    names = adapter.replaced.keys()
+    ends = {name for name in names if name.endswith(".bias")}
+    return {name for name in ends if name.removesuffix("bias") + "weight" not in names}
+
+
+def _bias_setting(adapter: Adapter) -> str:
+    """Return PEFT's word for the biases that were trained."""
+    paths = {name.removesuffix(".bias") for name in _trained_biases(adapter)}
+    if not paths:
+        return "none"
+    return "lora_only" if paths <= adapter.modules.keys() else "all"
 
 
 def _saved_modules(adapter: Adapter) -> list[str]:
@@ -654,7 +686,10 @@ def _saved_modules(adapter: Adapter) -> list[str]:
 
     For a task with a head PEFT wraps the whole head, so its parts must not be named apart.
     """
-    modules = {name.rpartition(".")[0] for name in adapter.replaced}
+    whole = adapter.replaced.keys() - _trained_biases(adapter)
+    modules = {name.rpartition(".")[0] for name in whole} - adapter.modules.keys()
+    backbone = {path.partition(".")[0] for path in adapter.modules}
     if adapter.task_type in WITH_HEADS:
-        modules = {module.partition(".")[0] for module in modules}
+        tops = {module.partition(".")[0] for module in modules} - backbone
+        modules = {m for m in modules if m.partition(".")[0] not in tops} | tops
     return sorted(modules)

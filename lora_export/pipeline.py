@@ -72,15 +72,23 @@ def run(
             f"the adapter {adapter} is untrained: all {len(job.adapter.modules)} low-rank updates "
             "are zero, so there is nothing to prove"
         )
+    if changed := {"tie_word_embeddings", "num_hidden_layers"} & job.settings_of_model.keys():
+        raise InputError(
+            f"the merge changes {', '.join(sorted(changed))} of the model, so that it cannot be "
+            "compared with the unmerged one; use `lora-export merge`"
+        )
+    if wanted.tied == "both":
+        raise InputError("--tied both is not what was trained: use `lora-export merge`")
     models.tokenizer(job.base)  # a base without one is known before anything is written
     publishing.check_output(out, overwrite=overwrite, directory=True, inputs=job.places(source))
     with timing.all_threads() as threads, publishing.staged(out, overwrite=overwrite) as folder:
         folder.mkdir()
+        say("loading the unmerged model")  # what cannot run unmerged is known before the merge
+        unmerged = stages.load_unmerged(job)
         say("merging")
         merged = stages.merge_stage(job, folder / MERGED_FOLDER, f"{MERGED_FOLDER}/")
-        say("loading the unmerged and the merged model")
+        say("loading the merged model")
         subject = stages.load_subject(folder / MERGED_FOLDER)
-        unmerged = stages.load_unmerged(job)
         artifacts = {}
         for name in formats:
             say(f"exporting {name}")
@@ -182,7 +190,7 @@ def verify_merged(
         weights=record.weights,
         modules=stages.merged_modules(job, folder),
         files=recorded,
-        files_now=tuple(file for file in record.files if file.name in names),
+        files_now=tuple(f for f in record.files if f.name in names or merging.is_loaded(f.name)),
     )
     threads = torch.get_num_threads()
     return certify(evidence, checks.VERIFY, command, job.inputs(), job.settings(), threads)

@@ -6,7 +6,7 @@ has to be known of the model stands in an `Architecture`.
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -161,6 +161,7 @@ class _Planner:
         for link in architecture.links:
             self.links[link.stored].append(link)
         self.renamed: dict[str, str] = {}
+        self.landed: list[bool] = []  # whether each module was found in the model
         self.ignored = dict(adapter.ignored)
         self.squares: dict[str, list[str]] = {}  # how square experts were read, and where
         self.placed: dict[str, str] = {}  # the model's tensor -> the adapter's own
@@ -176,6 +177,12 @@ class _Planner:
         init = self.adapter.fields.get("init_lora_weights")
         if peft_config.is_residual(self.adapter.fields) and not self.choices.residual_base:
             self.faults.append(refused("residual-base", found=f"init_lora_weights {init}"))
+        if self.adapter.modules and not any(self.landed):
+            kind, count = self.architecture.name, len(self.adapter.modules)
+            self.faults.insert(
+                0, f"all {count} modules are unknown to {kind}: another architecture?"
+            )
+            raise self._mismatch()
         self.faults += [
             *self._misordered(),
             *self._overlaps(),
@@ -185,13 +192,18 @@ class _Planner:
             *(f"{n}: the base holds an unmerged adapter" for n in self._adapters_in_base()),
         ]
         if self.faults:
-            root = self.checkpoint.root.name
-            raise AdapterMismatch(listed(f"the adapter does not fit the base {root}", self.faults))
+            raise self._mismatch()
         self.notes += self._base_notes()
         self.notes += _check_fingerprint(
             self.adapter, self.checkpoint, self._whole(), allow=self.choices.allow_base_mismatch
         )
         steps = self._steps()
+        names = Counter(step.name for step in steps)
+        self.faults += [
+            f"{n}: comes twice in the output" for n, count in names.items() if count > 1
+        ]
+        if self.faults:
+            raise self._mismatch()
         return MergePlan(
             self.architecture.name,
             steps,
@@ -200,6 +212,10 @@ class _Planner:
             self._variant(),
             tuple(self.notes),
         )
+
+    def _mismatch(self) -> AdapterMismatch:
+        root = self.checkpoint.root.name
+        return AdapterMismatch(listed(f"the adapter does not fit the base {root}", self.faults))
 
     def _variant(self) -> str:
         """Return the variant to merge: a residual base went through its first part already."""
@@ -232,6 +248,10 @@ class _Planner:
         if len(links) > 1 or links[0].box or links[0].offset or links[0].swapped:
             self.faults.append(refused("conversion", name))
             return
+        stored = self.architecture.stored_for(links[0].tensor)
+        if any(link.box or link.offset or link.swapped for link in stored):
+            self.faults.append(refused("conversion", name))
+            return
         tensor, value = links[0].tensor, self.adapter.replaced[name]
         needed = self.architecture.shapes[tensor]
         if needed != value.shape:
@@ -258,6 +278,7 @@ class _Planner:
         """Have the update of the module at `path` added where it lies."""
         name = tensor_of(path, pair.kind)
         links = self._links(name)
+        self.landed.append(bool(links))
         if not links:
             return
         tensor = links[0].tensor
@@ -272,9 +293,8 @@ class _Planner:
             shared = f"shared with {', '.join(sorted(others))}"
             faults.append(refused("tied", path, shared))
         what = self.architecture.unfollowed.get(tensor)
-        as_stored = name in self.checkpoint.tensors and name not in self.architecture.shapes
-        if what and not as_stored:
-            faults.append(refused("conversion", path, what))
+        if what:
+            faults = [refused("conversion", path, what)]
         if faults:
             self.faults += faults
             return
@@ -387,12 +407,12 @@ class _Planner:
 
     def _lay(self, path: str, pair: Factors, links: tuple[Link, ...], transposed: bool) -> None:
         """Cut the update of `path` into parts, one for each stored tensor that it reaches."""
-        covered = 0
+        covered: dict[str, int] = defaultdict(int)  # by the name under which the base stores it
         for link in links:
             tensor = link.tensor
             if (own := self._own(tensor)) is not None:
                 self.onto[own].append(Part(path, transposed=transposed != link.swapped))
-                covered += math.prod(self.architecture.shapes[tensor])
+                covered[tensor] += math.prod(self.architecture.shapes[tensor])
                 continue
             for target in self.architecture.stored_for(tensor):
                 size = stack(self.architecture.shapes[tensor], pair.kind)
@@ -400,7 +420,7 @@ class _Planner:
                 info = self.checkpoint.tensors[target.stored]
                 if part is None:
                     continue
-                covered += count
+                covered[target.tensor] += count
                 if info.dtype not in FLOATS:
                     message = f"a weight of dtype {info.dtype}"
                     self.faults.append(refused("quantised-base", path, message))
@@ -409,9 +429,11 @@ class _Planner:
                 self.parts[target.stored, target.tensor].append(part)
         a, b = pair.matrices()
         expected = len(a) * b.shape[1] * a.shape[2]
-        if covered != expected:
+        shared = len(links) == 1 and len(self.architecture.tied(links[0].tensor)) > 1
+        held = max(covered.values(), default=0) if shared else sum(covered.values())
+        if held != expected:
             self.faults.append(
-                f"{path}: the base holds {covered} of the {expected} weights that it updates"
+                f"{path}: the base holds {held} of the {expected} weights that it updates"
             )
 
     def _own(self, tensor: str) -> str | None:
@@ -592,6 +614,10 @@ class _Planner:
                 "decide"
             )
         notes += [listed(how, paths) for how, paths in self.squares.items()]
+        promised = self.adapter.fields.get("target_parameters") or ()
+        known = self.adapter.modules
+        if absent := [n for n in promised if not any(f".{k}".endswith(f".{n}") for k in known)]:
+            notes.append(listed("the config targets parameters that the file lacks", absent))
         if strangers := self._strangers():
             notes.append(listed("the config targets what neither file nor model has", strangers))
         if self.choices.residual_base:
@@ -667,7 +693,7 @@ class _Planner:
         A name comes with the adapter's own tensor that takes its place, or with the updates.
         """
         found: dict[str, tuple[str | None, tuple[Part, ...]]] = {}
-        for link in self.links[info.name]:
+        for link in self.links.get(info.name, ()):
             whole = link.box is None and link.offset is None
             own = self._own(link.tensor) if whole else None
             name = self.architecture.output_names.get((info.name, link.tensor), info.name)
@@ -749,7 +775,7 @@ def _part(
     theirs = _local(region, target, target.box or full)
     outs, ins = (mine[2], mine[1]) if transposed else (mine[1], mine[2])
     own = update.box or full
-    whole = _length(own[1 if update.swapped == transposed else 2])
+    whole = _length(own[1 if update.swapped != transposed else 2])
     count = math.prod(map(_length, region))
     all_ins = _length(ins) == whole
     part = Part(path, WEIGHT, swapped, mine[0], outs, None if all_ins else ins, theirs)

@@ -4,6 +4,7 @@ For what has no layer of its own (DoRA, embeddings, convolutions, fused experts,
 as the adapter's author saw it, and costs what computing a weight costs; nothing here is trained.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from lora_export import variants
 from lora_export.architecture import first_in
 from lora_export.errors import AdapterMismatch
 from lora_export.records import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Array, Factors, widened
+from lora_export.refusals import refused
 from lora_export.rounding import round_once
 
 
@@ -57,7 +59,8 @@ class WeightUpdate(Update):
         self.register_buffer("residual", None)
         if pair.kind == LINEAR and variants.changes_base(variant):
             # Training kept what was left of the base in the base's own dtype.
-            exact = variants.base(variant, self._oriented(base).double(), pair.scale, pair.rank)
+            before = self._oriented(base.detach()).double()
+            exact = variants.base(variant, before, pair.scale, pair.rank)
             self.residual = round_once(exact, base.dtype)
 
     def merged(self, base: Tensor) -> Tensor:
@@ -143,13 +146,16 @@ class Recomputed(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
 
-def attach(model: nn.Module, adapter: Adapter, paths: Iterable[str]) -> None:
-    """Have the updates of `adapter` at `paths` and its rows computed in every call of `model`.
+Prepared = dict[str, dict[str, Update]]  # by module path and name of the parameter
+
+
+def prepare(model: nn.Module, adapter: Adapter, paths: Iterable[str]) -> Prepared:
+    """Return the updates of `adapter` at `paths` and its rows; the model is not touched.
 
     Raises:
         AdapterMismatch: a shape does not fit, or square experts could lie either way.
     """
-    found: dict[str, dict[str, Update]] = defaultdict(dict)
+    found: Prepared = defaultdict(dict)
     version = str(adapter.fields.get("peft_version") or "")
     for path in paths:
         pair = adapter.modules[path]
@@ -159,14 +165,37 @@ def attach(model: nn.Module, adapter: Adapter, paths: Iterable[str]) -> None:
         transposed = _is_transposed(path, pair, module, base, version)
         found[owner][name] = WeightUpdate(pair, adapter.variant, base, transposed=transposed)
         if pair.bias is not None:
-            found[owner]["bias"] = BiasUpdate(pair, module.get_parameter("bias"))
+            bias = getattr(module, "bias", None)
+            if bias is None or tuple(bias.shape) != pair.bias.shape:
+                raise AdapterMismatch(refused("no-bias", path))
+            found[owner]["bias"] = BiasUpdate(pair, bias)
     for path, rows in adapter.rows.items():
-        weight = model.get_submodule(path).get_parameter("weight")
+        weight = dict(model.named_parameters(remove_duplicate=False)).get(f"{path}.weight")
+        shape = () if weight is None else tuple(weight.shape)
+        if len(shape) != 2 or shape[1] != rows.values.shape[1] or max(rows.indices) >= shape[0]:
+            raise AdapterMismatch(f"{path}: rows {rows.values.shape}, the model has {shape}")
         for owner, module in model.named_modules():  # tied weights share their rows, as in PEFT
-            if getattr(module, "weight", None) is weight:
+            if getattr(module, "weight", None) is weight and weight is not None:
                 found[owner]["weight"] = RowUpdate(rows.indices, rows.values, weight)
-    for owner, updates in found.items():
-        model.set_submodule(owner, Recomputed(model.get_submodule(owner), updates))
+    return found
+
+
+def attach(model: nn.Module, prepared: Prepared) -> None:
+    """Have the updates computed in every call of `model`."""
+    for owner, found in prepared.items():
+        model.set_submodule(owner, Recomputed(model.get_submodule(owner), found))
+
+
+@contextlib.contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Show the base's own modules within the block."""
+    wrapped = _wrapped(model)
+    detach(model)
+    try:
+        yield
+    finally:
+        for path, module in wrapped:
+            model.set_submodule(path, module)
 
 
 def updates(model: nn.Module) -> Iterator[Update]:

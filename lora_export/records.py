@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_export.errors import CheckFailed, listed
+from lora_export.errors import CheckFailed, InputError, listed
 
 Array = NDArray[Any]
+LARGEST = 1e30  # of a rank, an alpha or a scale: anything above is nonsense
 
 
 # ---------------------------------------------------------------- the adapter
@@ -50,6 +51,8 @@ class Factors:
     @property
     def is_zero(self) -> bool:
         """Whether the update is zero everywhere, as it is before any training."""
+        if self.magnitude is not None or (self.bias is not None and self.bias.any()):
+            return False
         parts = [self.a, self.b] + ([] if self.diagonal is None else [self.diagonal])
         return self.scale == 0 or not all(part.any() for part in parts)
 
@@ -147,6 +150,10 @@ class Reading:
     pattern_order: str | None = None  # of several matching patterns, "first" or "last" wins
     expert_b: str | None = None  # columns of fused experts' lora_B: "rank-major", "expert-major"
     registered: tuple[str, ...] = ()  # parameters of fused experts, in the model's order
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 < self.alpha < LARGEST:
+            raise InputError(f"alpha is {self.alpha!r}; expected a number above 0")
 
 
 # ---------------------------------------------------------------- the artifact
@@ -281,6 +288,7 @@ class Modules:
     expected: Mapping[str, str]  # of the architecture, built from its config without weights
     found: Mapping[str, str]  # of the merged model, loaded from disk
     lora_names: tuple[str, ...]  # tensors or modules that still carry LoRA
+    claim: str = "the module tree is the architecture's"  # what it means that the two are equal
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,14 @@ def architecture(
     for name, value in values.items():
         ties[id(value)].add(name)
     shapes = {name: tuple(value.shape) for name, value in values.items()}
+    groups = [frozenset(group) for group in ties.values()]
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     finder = _Finder(model, shapes)
     stored = {info.name: info.shape for info in checkpoint.tensors.values()}
     links, unfollowed, outputs = finder.links(stored)
     if replication:
         links = _replicated(links, shapes, replication)
-        outputs |= {(link.stored, link.tensor): link.tensor for link in links}
+        outputs |= {(link.stored, link.tensor): _copied(link) for link in links}
     by_stored: dict[str, list[Link]] = defaultdict(list)
     for link in links:
         by_stored[link.stored].append(link)
@@ -72,11 +73,28 @@ def architecture(
         links=tuple(links),
         names=resolved,
         unfollowed=unfollowed,
-        ties={name: frozenset(group) for group in ties.values() for name in group},
+        ties={
+            name: group
+            for group in groups
+            if not _stored_apart(group, links, checkpoint)
+            for name in group
+        },
         output_names=outputs,
         buffers=frozenset(shapes.keys() - parameters),
         prefix=finder.prefix,
     )
+
+
+def _stored_apart(group: frozenset[str], links: Sequence[Link], checkpoint: Checkpoint) -> bool:
+    """Return whether the checkpoint holds several of a tied group, and unlike: then none is tied.
+
+    transformers ties what is stored once, or alike.
+    """
+    stored = [link.stored for link in links if link.tensor in group] if len(group) > 1 else []
+    if len(set(stored)) < 2:
+        return False
+    first, *others = (checkpoint.tensors[name].read() for name in stored)
+    return any(other != first for other in others)
 
 
 # ---------------------------------------------------------------- layers
@@ -346,6 +364,16 @@ def _dotted(shapes: Mapping[str, Shape], stored: Mapping[str, Shape]) -> dict[st
 # ---------------------------------------------------------------- replicated layers
 
 _LAYER = re.compile(r"(?P<head>.*?(?:^|\.)(?:layers|layer|h)\.)(?P<index>\d+)(?P<tail>\..*)")
+
+
+def _copied(link: Link) -> str:
+    """Return the name of a copy: the model's, or the stored one with the index of its layer."""
+    if link.box is None and link.offset is None:
+        return link.tensor
+    stored, tensor = _LAYER.fullmatch(link.stored), _LAYER.fullmatch(link.tensor)
+    if stored is None or tensor is None:
+        return link.stored
+    return f"{stored['head']}{tensor['index']}{stored['tail']}"
 
 
 def _replicated(

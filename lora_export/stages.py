@@ -117,13 +117,15 @@ def load_subject(folder: Path) -> Subject:
 
 
 def recorded_files(folder: Path) -> tuple[FileDigest, ...]:
-    """Return the digests of the weights in `folder` as the merge wrote them down."""
-    written = storage.read_json(folder / merging.PROVENANCE).get("files")
-    if not isinstance(written, dict) or not written:
+    """Return the digests of the files in `folder` as the merge wrote them down."""
+    known = storage.read_json(folder / merging.PROVENANCE)
+    written, beside = known.get("files"), known.get("companions")
+    if not isinstance(written, dict) or not written or not isinstance(beside, dict):
         raise InputError(f"{folder / merging.PROVENANCE} names no files")
     sizes = {f.name: f.size_bytes for f in storage.digest_tree(folder)}
     return tuple(
-        FileDigest(name, sizes.get(name, 0), str(digest)) for name, digest in written.items()
+        FileDigest(name, sizes.get(name, 0), str(digest))
+        for name, digest in (written | beside).items()
     )
 
 
@@ -149,6 +151,8 @@ def _refuse_altered(folder: Path) -> None:
 def load_unmerged(job: Job) -> nn.Module:
     """Return the base with its live LoRA layers: what the adapter's author evaluated."""
     config = copy.deepcopy(job.config)
+    if config is None:  # the plan did not need it
+        config = models.config_of(job.base, models.architecture_of(job.live, job.base), (), None)
     model = models.load(job.base, config, provided=job.live.replaced)
     if hasattr(config, "use_cache"):
         config.use_cache = False
@@ -158,7 +162,10 @@ def load_unmerged(job: Job) -> nn.Module:
 
 def exact(model: nn.Module) -> nn.Module:
     """Return a float64 copy of `model`: the reference."""
-    return copy.deepcopy(model).double()
+    found: Any = copy.deepcopy(model).double()
+    if hasattr(found, "set_experts_implementation"):  # the fused kernels know no float64
+        found.set_experts_implementation("eager")
+    return found  # type: ignore[no-any-return]
 
 
 def export_stage(name: str, subject: Subject, folder: Path, file: str | None = None) -> Artifact:
@@ -259,6 +266,7 @@ def merged_modules(job: Job, folder: Path) -> Modules:
         expected={name: str(info.shape) for name, info in job.checkpoint.tensors.items()},
         found={name: str(info.shape) for name, info in found.items()},
         lora_names=_lora_names(found, job.checkpoint.tensors),
+        claim="the tensors are those of the base, by name and shape",
     )
 
 

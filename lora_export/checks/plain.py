@@ -20,7 +20,7 @@ def _merged(modules: Modules) -> Verdict:
         for path in modules.expected.keys() | modules.found.keys()
         if modules.expected.get(path) != modules.found.get(path)
     } | set(modules.lora_names)
-    note = listed("differs", differing) if differing else "the module tree is the architecture's"
+    note = listed("differs", differing) if differing else modules.claim
     return checks.counted("plain", "merged", len(differing), len(modules.found), "modules", note)
 
 

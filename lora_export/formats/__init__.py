@@ -6,6 +6,7 @@ A format is a module with two functions, and a third where we also write it:
     read(path, reading) -> Adapter         raises `InputError` with every fault in the file;
                                            `reading` is a `records.Reading`: what the caller says
     write(adapter, path) -> None           optional
+    TAKES_ALPHA                            optional: `reading.alpha` is looked at
 
 At most one format may recognise a path.
 """

@@ -56,7 +56,8 @@ def read(path: Path, reading: Reading | None = None) -> Adapter:
             prefixes[prefix[0] if prefix else ""] += 1
             name = key.removesuffix(end)[len(prefix[0]) if prefix else 0 :]
             value = info.stored()
-            if not is_float(value) or not all_finite(value):
+            whole = _ENDS[end] == "alpha" and value.dtype.kind in "iu"
+            if not whole and not (is_float(value) and all_finite(value)):
                 faults.append(f"{key}: holds values that are no finite floats")
             parts.setdefault(name, {})[_ENDS[end]] = value
     if count := prefixes.pop("picture", 0):

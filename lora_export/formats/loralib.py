@@ -17,6 +17,7 @@ from lora_export.refusals import refused
 from lora_export.storage import TensorInfo
 
 _KEY = re.compile(r"\.lora_(embedding_)?[AB](\.|$)")
+TAKES_ALPHA = True  # the caller may have to say it
 
 
 def detect(path: Path) -> bool:

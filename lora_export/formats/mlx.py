@@ -12,11 +12,12 @@ import numpy as np
 
 from lora_export import formats, peft_names, storage
 from lora_export.errors import InputError, listed
-from lora_export.records import Adapter, Factors, Reading
+from lora_export.records import LARGEST, Adapter, Factors, Reading
 from lora_export.refusals import refused
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _SIDES = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight", ".m": ".lora_magnitude_vector"}
+TAKES_ALPHA = True  # the caller may have to say it
 
 
 def detect(path: Path) -> bool:
@@ -79,7 +80,7 @@ def _scale(config: dict[str, Any], where: str, reading: Reading) -> tuple[float,
     values = found if isinstance(found, dict) else {}
     scale, alpha, rank = (values.get(name) for name in ("scale", "alpha", "rank"))
     if scale is None or not _is_number(scale):
-        raise InputError(f"{where}: {CONFIG} says no lora_parameters.scale")
+        raise InputError(f"{where}: lora_parameters.scale is {scale!r}; expected a number above 0")
     if alpha is None:
         return float(scale), []
     if reading.alpha is None or not rank or not _is_number(rank):
@@ -91,4 +92,5 @@ def _scale(config: dict[str, Any], where: str, reading: Reading) -> tuple[float,
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < LARGEST  # type: ignore[operator]
