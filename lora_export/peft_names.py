@@ -567,7 +567,7 @@ def config_of(adapter: Adapter) -> dict[str, Any]:
         **adapter.fields,
         "peft_type": "LORA",
         "task_type": adapter.task_type,
-        "base_model_name_or_path": adapter.base.public_id,
+        "base_model_name_or_path": adapter.base.id,
         "revision": adapter.base.revision,
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,

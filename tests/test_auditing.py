@@ -3,7 +3,10 @@
 import dataclasses
 
 import numpy as np
+import on_disk
 import pytest
+from hand_made import edit_tensors
+from live_made import CASES, base_of
 
 from lora_export import auditing, checks, pipeline, storage
 from lora_export.opening import Options, open_job
@@ -143,3 +146,70 @@ def test_the_share_lost_in_rounding_grows_with_a_narrower_dtype(merged, tmp_path
     )
     assert max(a.lost_share for a in fine) < 1e-6 < min(a.lost_share for a in coarse)
     assert sum(a.misrounded for a in coarse) == 0
+
+
+# ---------------------------------------------------------------- every kind of update
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """`bases(family)`: a directory with a tiny base."""
+    root = tmp_path_factory.mktemp("bases")
+    return lambda family: base_of(family, root)
+
+
+@pytest.fixture
+def merge_of(bases, tmp_path):
+    """`merge_of(case)`: the job of a hand-made adapter, and the directory of its merge."""
+
+    def make(case):
+        family, tensors, config = CASES[case]
+        place = on_disk.peft_folder(tmp_path / "adapter", tensors, **config)
+        base = str(bases(family))
+        assert pipeline.merge_files(place, base=base, out=tmp_path / "merged").ok
+        return open_job(place, base), tmp_path / "merged"
+
+    return make
+
+
+def audited(job, folder, adapter=None):
+    found = auditing.weights(
+        job.plan, adapter or job.adapter, job.checkpoint, Checkpoint.open(folder)
+    )
+    return {audit.tensor: audit for audit in found}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_element_off_by_two_ulp_is_seen_in_every_kind_of_update(merge_of, case):
+    job, folder = merge_of(case)
+    clean = audited(job, folder)
+    assert clean
+    assert not any(audit.misrounded or audit.unmoved for audit in clean.values())
+
+    def change(arrays):
+        for name in clean:
+            flat, middle = arrays[name].reshape(-1), arrays[name].size // 2
+            for _ in range(2):  # at a tie the neighbour is as near
+                flat[middle] = np.nextafter(flat[middle], np.float32(99))
+
+    (file,) = folder.glob("*.safetensors")
+    edit_tensors(file, change)
+    assert {audit.misrounded for audit in audited(job, folder).values()} == {1}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_another_adapter_of_the_same_kind_is_seen(merge_of, case):
+    """The weights were merged from other factors than those that they are held against."""
+    job, folder = merge_of(case)
+    modules = {
+        path: dataclasses.replace(
+            pair, b=pair.b[..., ::-1, :].copy() if pair.b.ndim < 4 else -pair.b
+        )
+        for path, pair in job.adapter.modules.items()
+    }
+    found = audited(job, folder, dataclasses.replace(job.adapter, modules=modules))
+    touched = [audit for name, audit in found.items() if not name.endswith(".bias")]
+    if case == "rows":
+        touched = [audit for audit in touched if "embed" not in audit.tensor]
+    assert touched
+    assert all(audit.misrounded > audit.elements / 4 for audit in touched)

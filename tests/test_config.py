@@ -2,8 +2,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_export import variants
 from lora_export.config import (
     ALL_LINEAR,
+    TRAINABLE,
     LoraConfig,
     layer_index,
     matches,
@@ -233,3 +235,21 @@ def test_a_name_like_no_other_still_gets_examples():
 
 def test_a_model_without_linear_modules_says_none():
     assert no_match("query", []).endswith("the model has e.g. none")
+
+
+# ---------------------------------------------------------------- variants
+
+
+@pytest.mark.parametrize("variant", TRAINABLE)
+def test_a_variant_with_a_layer_of_its_own_can_be_trained(variant):
+    assert LoraConfig(variant=variant).variant == variant
+
+
+@pytest.mark.parametrize("variant", [*sorted(set(variants.names()) - {*TRAINABLE}), "lora+dora"])
+def test_a_variant_that_is_merged_only_cannot_be_trained(variant):
+    with pytest.raises(InputError, match=f"expected one of {', '.join(TRAINABLE)}"):
+        LoraConfig(variant=variant)
+
+
+def test_every_variant_that_can_be_trained_is_a_known_one():
+    assert set(TRAINABLE) <= set(variants.names())

@@ -454,13 +454,12 @@ def _spoilt(adapter):
     modules["bert.embeddings"] = modules[wide]
     replaced["classifier.weight"] = np.ones((3, 32), np.float32)
     replaced["clasifier.bias"] = np.ones(2, np.float32)
-    return replace(adapter, modules=modules, replaced=replaced, variant="dorra")
+    return replace(adapter, modules=modules, replaced=replaced)
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        r"unknown variant dorra",
         r"self\.query: adapter is for \(out, in\) \(32, 33\), the model has \(32, 32\)",
         r"self\.quary: no linear module \(near: \S*self\.query",
         r"bert\.embeddings: no linear module",
@@ -482,6 +481,16 @@ def test_a_misfit_leaves_the_attached_adapter_in_place(tiny, fill, logits):
     with pytest.raises(AdapterMismatch, match="does not fit this model"):
         attach(model, _spoilt(two))
     _assert_same(_snapshot(model), before)
+    assert torch.equal(logits(model), of_one)
+
+
+def test_an_unknown_variant_is_refused_and_leaves_the_attached_adapter_in_place(tiny, fill, logits):
+    """Which layers would be needed is not known then, so nothing else can be looked at."""
+    (one, of_one), (two, _) = _two_adapters(tiny, fill, logits, "bert", ("classifier",))
+    model = tiny("bert")
+    attach(model, one)
+    with pytest.raises(InputError, match="variant 'dorra': dorra is not one of "):
+        attach(model, replace(two, variant="dorra"))
     assert torch.equal(logits(model), of_one)
 
 

@@ -9,12 +9,12 @@ import lora_export
 
 ROOT = Path(lora_export.__file__).parent
 ORDER = [
-    "errors", "refusals", "records", "registry", "storage", "architecture", "pickles", "publishing", "config",
-    "rounding", "variants", "lora", "recomputed", "injection", "peft_config", "peft_names", "formats", "bases",
-    "adapter", "normalising", "conversion", "models", "resolving", "plan",
-    "merging", "auditing", "compare", "runners", "inputs", "exporters", "timing", "checks",
-    "measurements", "environment", "codec", "report", "judging", "opening", "inspection", "stages",
-    "pipeline", "cli", "__main__",
+    "errors", "refusals", "records", "registry", "storage", "architecture", "pickles",
+    "publishing", "config", "rounding", "variants", "lora", "recomputed", "injection",
+    "peft_config", "peft_names", "formats", "bases", "adapter", "normalising", "conversion",
+    "models", "resolving", "plan", "merging", "auditing", "compare", "runners", "inputs",
+    "exporters", "timing", "checks", "measurements", "environment", "codec", "report", "judging",
+    "opening", "inspection", "stages", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {

@@ -101,11 +101,18 @@ def test_the_file_is_not_changed(tiny_base):
     assert (tiny_base / "config.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"model_type": "no-such-model"}'])
-def test_an_unusable_config_is_an_input_error(base, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot read .*config\.json"),
+        ("{", r"config\.json is not JSON"),
+        ('{"model_type": "no-such-model"}', "no usable config"),
+    ],
+)
+def test_an_unusable_config_is_an_input_error(base, content, message):
     path = base / "config.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(InputError, match="no usable config"):
+    with pytest.raises(InputError, match=message):
         _config(base)
 
 

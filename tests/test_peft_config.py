@@ -175,11 +175,11 @@ SLOW = r".*(a|a)+[0-9]"
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules"])
 def test_an_expression_that_would_match_for_ever_ends_within_seconds(field, monkeypatch):
     """An adapter's config is a stranger's."""
-    assert peft_config.MOST_SECONDS <= 1
+    assert peft_config.MOST_SECONDS <= 5
     monkeypatch.setattr(peft_config, "MOST_SECONDS", 0.2)
     config = parse(**{field: SLOW if field == "target_modules" else {SLOW: 3}})
     long, start = f"{PATH}.{'a' * 60}", time.monotonic()
-    with pytest.raises(InputError, match="takes too long to match"):
+    with pytest.raises(InputError, match="too long to match"):
         {
             "rank_pattern": config.rank_of,
             "alpha_pattern": config.alpha_of,
@@ -190,7 +190,7 @@ def test_an_expression_that_would_match_for_ever_ends_within_seconds(field, monk
 
 def test_an_expression_that_is_nested_too_deep_is_refused_within_seconds():
     start = time.monotonic()
-    fails("bad regular expression", rank_pattern={"(" * 50_000 + "a" + ")" * 50_000: 2})
+    fails("regular expression", rank_pattern={"(" * 50_000 + "a" + ")" * 50_000: 2})
     assert time.monotonic() - start < 5
 
 
@@ -216,6 +216,11 @@ def test_an_expression_that_is_nested_too_deep_is_refused_within_seconds():
 )
 def test_a_path_is_a_target_as_it_is_in_peft(targets, hit):
     assert parse(target_modules=targets).targets(PATH) is hit
+
+
+def test_an_expression_of_syntax_that_is_not_matched_here_targets_every_module():
+    """What the file holds decides; such an expression only says less."""
+    assert parse(target_modules="(").targets(PATH)
 
 
 def test_the_parameters_of_a_module_are_those_that_the_config_names():
@@ -270,10 +275,15 @@ def test_patterns_that_are_no_positive_numbers_by_name_are_refused(name, value):
     fails(f"config: {name} is ", **{name: value})
 
 
+def test_a_rank_of_a_pattern_is_a_whole_number_and_an_alpha_any():
+    fails("config: rank_pattern is ", rank_pattern={"q": 0.5})
+    assert parse(alpha_pattern={"q_proj": 0.5}).alpha_of(PATH) == 0.5
+
+
 @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize("pattern", ["(", "a{2,1}", "[z-a]", "(?P<n>a)(?P<n>"])
 def test_a_pattern_that_is_no_expression_is_refused(name, pattern):
-    fails(f"config: {name} holds a bad regular expression", **{name: {pattern: 2}})
+    assert "regular expression" in fails(f"config: {name} holds ", **{name: {pattern: 2}})
 
 
 @pytest.mark.parametrize("name", ["use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"])
@@ -302,7 +312,6 @@ def test_a_dropout_that_is_no_share_is_refused(value):
         ("target_modules", [5]),
         ("target_modules", [""]),
         ("target_modules", {"q": 1}),
-        ("target_modules", "("),
         ("target_parameters", "experts.w"),
         ("target_parameters", [1]),
         ("modules_to_save", "classifier"),
@@ -416,14 +425,18 @@ def test_what_a_written_config_has_to_keep_is_kept_and_nothing_else():
     assert kept(fields(init_lora_weights=True, layer_replication=None)) == {}
 
 
-@pytest.mark.parametrize(
-    "value", [None, 5, "text", [1], {"a": 1}, True, 1e400, 10**400, "x" * 100_000]
-)
+STRANGE = [None, 5, "text", [1], {"a": 1}, True, 1e400, 10**400, "x" * 100_000]
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=lambda value: repr(value)[:8])
 @pytest.mark.parametrize("name", sorted(peft_config._READ | peft_config._HARMLESS))
-def test_no_value_of_any_field_ends_in_anything_but_an_answer_or_an_input_error(name, value):
+@pytest.mark.parametrize("method", [{}, {"peft_type": "ADALORA", "init_r": 4}], ids=["", "ada"])
+def test_no_value_of_any_field_ends_in_anything_but_an_answer_or_an_input_error(
+    name, value, method
+):
     """Configs are a stranger's."""
     try:
-        found = parse(**{name: value})
+        found = parse(**method | {name: value})
         found.rank_of(PATH)
         found.alpha_of(PATH)
         found.targets(PATH)

@@ -7,8 +7,22 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from hand_made import edit_tensors
 
-from lora_export import checks, codec, exporters, judging, pipeline, stages, storage, timing
+from lora_export import (
+    BaseRef,
+    LoraConfig,
+    checks,
+    codec,
+    exporters,
+    inject,
+    judging,
+    pipeline,
+    save_adapter,
+    stages,
+    storage,
+    timing,
+)
 from lora_export.errors import AdapterMismatch, ExportFailed, InputError
 from lora_export.opening import open_job
 from lora_export.records import Evidence, Status
@@ -255,6 +269,31 @@ def test_an_adapter_that_names_no_base_needs_one(tiny_adapter, tmp_path):
     path, _ = tiny_adapter(tmp_path)
     with pytest.raises(InputError, match="names no base model; pass --base"):
         open_job(path)
+
+
+def test_a_run_loads_the_model_that_a_merge_did_not_need(tiny_base, tmp_path, fill, quick):
+    """Where base and head are one checkpoint, names and shapes are enough to plan a merge."""
+    model = transformers.BertForSequenceClassification.from_pretrained(tiny_base)
+    model.save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "base")
+    inject(model, LoraConfig(targets=("query",)))
+    path = tmp_path / "a.safetensors"
+    save_adapter(fill(model), path, base=BaseRef(id=str(tmp_path / "base")), labels=())
+    assert open_job(path).config is None
+    certificate = pipeline.run(path, out=tmp_path / "run", formats=["torchscript"])
+    assert not [v for v in certificate.verdicts if not v.passed and v.check != "latency"]
+
+
+def test_an_untrained_adapter_is_merged_with_a_note_and_not_run(finished, tiny_base, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes((finished[0].parent / "sst2.safetensors").read_bytes())
+    edit_tensors(path, lambda arrays: [arrays[n].fill(0) for n in arrays if "lora_B" in n])
+    certificate = pipeline.merge_files(path, out=tmp_path / "merged")
+    assert certificate.ok
+    assert any("the adapter is untrained" in note for note in certificate.settings["notes"])
+    with pytest.raises(InputError, match="is untrained: all 13 low-rank updates are zero"):
+        pipeline.run(path, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_labels_that_the_model_lacks_are_refused(finished, tmp_path):

@@ -106,6 +106,64 @@ def test_a_pair_with_a_vanishing_part_is_zero(change):
     assert _factors(**change).is_zero
 
 
+def test_a_diagonal_of_zeros_makes_a_pair_zero():
+    assert _factors(diagonal=np.zeros(4)).is_zero
+    assert not _factors(diagonal=np.ones(4)).is_zero
+
+
+@pytest.mark.parametrize("extra", ["bias", "magnitude"])
+def test_a_pair_that_trained_something_beside_its_product_is_not_zero(extra):
+    """A bias is added, a magnitude scales the base's rows, whatever B is."""
+    assert not _factors(b=np.zeros((6, 4)), **{extra: np.ones(6)}).is_zero
+
+
+@pytest.mark.parametrize("extra", [{"diagonal": np.ones(4)}, {"magnitude": np.ones(6)}])
+def test_a_pair_with_anything_beside_its_factors_is_not_plain(extra):
+    assert _factors().is_plain
+    assert not _factors(**extra).is_plain
+    assert not _factors(kind=records.EMBEDDING).is_plain
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "kind", "shapes"),
+    [
+        ((4, 8), (6, 4), records.LINEAR, ((1, 4, 8), (1, 6, 4))),
+        ((4, 20), (6, 4), records.EMBEDDING, ((1, 4, 20), (1, 6, 4))),
+        ((4, 3, 2, 2), (6, 4, 1, 1), records.CONV, ((1, 4, 12), (1, 6, 4))),
+        ((3, 4, 8), (3, 6, 4), records.EXPERTS, ((3, 4, 8), (3, 6, 4))),
+    ],
+)
+def test_every_kind_of_pair_is_seen_as_stacks_of_matrices(a, b, kind, shapes):
+    pair = Factors(np.ones(a), np.ones(b), 8.0, 2.0, kind)
+    assert tuple(side.shape for side in pair.matrices()) == shapes
+    assert pair.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "public"),
+    [
+        (None, None), ("", ""), ("org/name", "org/name"), ("name", "name"), ("/home/x/m", "m"),
+        ("./m", "m"), ("~/models/m/", "m"), ("a/b/c", "c"),
+    ],
+)  # fmt: skip
+def test_only_the_last_component_of_a_path_is_written(given, public):
+    assert records.BaseRef(given).public_id == public
+
+
+def test_half_precision_is_widened_exactly_and_nothing_else_is():
+    import ml_dtypes
+
+    for kind in (np.float16, ml_dtypes.bfloat16):
+        narrow = np.array([0.5, -3.25], kind)
+        assert records.is_float(narrow)
+        assert records.widened(narrow).dtype == np.float32
+        assert (records.widened(narrow) == narrow).all()
+    for kind in (np.float32, np.float64, np.int16, np.bool_):
+        wide = np.ones(2, kind)
+        assert records.widened(wide) is wide
+        assert records.is_float(wide) == (kind in (np.float32, np.float64))
+
+
 def test_a_batch_knows_which_tokens_count():
     batch = batches()[0]
     assert batch.mask is batch.arrays["attention_mask"]

@@ -86,11 +86,6 @@ def experts_of_unsloth(folder):
     )
 
 
-def two_parameters_of_unknown_order(folder):
-    modules = {path: (numbers(6, 8), numbers(8, 6)) for path in ("mlp", "mlp.base_layer")}
-    read(folder, keyed(modules), target_parameters=["mlp.left", "mlp.right"])
-
-
 def underscored_names(folder):
     tensors = {"lora_te_a_b.lora_down.weight": pair()[0], "lora_te_a_b.lora_up.weight": pair()[1]}
     conversion.convert(on_disk.save(folder / "kohya.safetensors", tensors), folder / "out")
@@ -214,7 +209,6 @@ CASES = {
     "mlx-alpha": an_adapter_of_mlx,
     "expert-layout": square_experts,
     "expert-b": experts_of_unsloth,
-    "expert-order": two_parameters_of_unknown_order,
     "flat-names": underscored_names,
     "conv-groups": a_convolution_in_groups,
     "conv-padding": a_convolution_that_pads_by_reflection,
@@ -328,19 +322,19 @@ def sources():
 
 
 def test_every_refusal_in_the_source_names_an_entry():
-    named, computed = set(), set()
-    for file, tree in sources():
+    named, looked_up = set(), set()
+    for _, tree in sources():
         for call in ast.walk(tree):
             if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "refused":
                 first = call.args[0]
                 if isinstance(first, ast.Constant):
                     named.add(first.value)
                 else:
-                    computed.add((file, ast.unparse(first)))
+                    looked_up.add(ast.unparse(first).rpartition(".")[2])
     assert named
     assert named <= TABLE.keys()
-    # The names that are looked up are those of the two tables below.
-    assert computed == {("peft_config.py", "case"), ("plan.py", "layer.refusal")}
+    # Looked up are the cases of config fields, and those of layers; both are told by CASES.
+    assert looked_up <= {"case", "refusal"}
 
 
 def test_every_entry_is_named_in_the_source():
