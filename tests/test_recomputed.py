@@ -16,9 +16,11 @@ from lora_export.lora import LoraLayer
 ONE_MODEL = [
     (architecture, variant)
     for architecture, variant in peft_made.cases()
-    if not peft_made.VARIANTS[variant].one_sided and "replic" not in variant
-    and architecture != "gpt2-cls" and peft_made.VARIANTS[variant].autocast and not peft_answers_wrong(architecture, variant)
-]  # fmt: skip
+    if not peft_made.VARIANTS[variant].one_sided
+    and peft_made.VARIANTS[variant].autocast
+    and "replic" not in variant
+    and not peft_answers_wrong(architecture, variant)
+]
 
 
 def unmerged(made):
