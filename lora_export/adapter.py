@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import bases, formats, peft_names, pickles, publishing, storage
+from lora_export import bases, formats, peft_writing, pickles, publishing, storage
 from lora_export.errors import MOST_LISTED, InputError, listed
 from lora_export.records import Adapter, Reading, all_finite
 
@@ -71,6 +71,8 @@ def _detect(place: Path) -> str:
         raise InputError(
             f"{place} holds weights and no adapter_config.json: pass the file itself and --alpha"
         )
+    if place.is_dir() and (place / "config.json").is_file():
+        raise InputError(f"{place} holds a model, and no adapter")
     raise InputError(
         f"{place} is in none of the known adapter formats ({', '.join(formats.names())})"
     )
@@ -94,7 +96,7 @@ def save_adapter(model: "nn.Module", path: str | Path, **about: Any) -> Adapter:
     from lora_export.injection import describe
 
     adapter = describe(model, **about)
-    if bad := [name for name, v in peft_names.tensors_of(adapter).items() if not all_finite(v)]:
+    if bad := [name for name, v in peft_writing.tensors_of(adapter).items() if not all_finite(v)]:
         raise InputError(listed("these tensors have values that are NaN or infinite", bad))
     with publishing.staged(Path(path), overwrite=True) as file:
         formats.load("native").write(adapter, file)

@@ -57,7 +57,6 @@ class Architecture:
     ties: Mapping[str, frozenset[str]] = field(default_factory=dict)  # names of one storage
     output_names: Mapping[tuple[str, str], str] = field(default_factory=dict)  # of a link's tensor
     buffers: frozenset[str] = frozenset()
-    prefix: str = ""  # of the base model in the architecture
 
     def stored_for(self, tensor: str) -> list[Link]:
         """Return the links of the model's `tensor` to the disk, by its name and all tied ones.

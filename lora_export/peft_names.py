@@ -1,4 +1,4 @@
-"""PEFT's tensor names, read into an `Adapter` and written from one.
+"""PEFT's tensor names, read into an `Adapter`. `peft_writing` is the way back.
 
 Goes by the tensors in the file, never by the config's lists: what they hold decides, and where the
 config says otherwise the adapter carries a note or is refused. Source: PEFT 0.1 to 0.21.
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_export import peft_config, variants
+from lora_export import peft_config
 from lora_export.errors import InputError, listed
 from lora_export.peft_config import PeftConfig
 from lora_export.records import (
@@ -34,7 +34,6 @@ from lora_export.refusals import refused
 from lora_export.storage import TensorInfo
 
 PREFIX = "base_model.model."
-WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")  # tasks for which PEFT expects a head in the file
 # Prefixes that wrappers leave: distributed training, compilation.
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 _NAME = r"(\.(?P<name>[^.]+))?"
@@ -71,7 +70,7 @@ _SAVED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 _ODD = re.compile(r"(^|\.)(lora_|token_adapter|modules_to_save)")
 # PEFT nests its wrappers in the order in which a module registers its parameters. transformers'
 # own modules register theirs so; of others the model decides, once a base is given.
-_REGISTERED = (
+REGISTERED = (
     "gate_up_proj", "gate_up_proj_bias", "gate_proj", "w1", "up_proj", "w3", "down_proj",
     "down_proj_bias", "w2",
 )  # fmt: skip
@@ -114,7 +113,7 @@ def read(
     rows: dict[str, Rows] = {}
     nested: dict[str, tuple[str, ...]] = {}
     if stated is not None:
-        groups, nested = _by_path(found.parts, stated, reading.registered or _REGISTERED, faults)
+        groups, nested = _by_path(found.parts, stated, reading.registered or REGISTERED, faults)
         for path, parts in sorted(groups.items()):
             try:
                 if "rows" in parts:
@@ -164,7 +163,7 @@ def bare_config(
     """Return a config for tensors that have none: alpha as given, ranks as the tensors say."""
     ranks, parts = {}, set()
     for key, value in tensors.items():
-        part, path = _part(module_name(key)[0], _Sorted())
+        part, path, _ = _part(module_name(key)[0])
         parts.add(part)
         if part in ("a", "embedding_a") and value.shape and value.shape[0]:
             ranks[path] = value.shape[0]
@@ -208,7 +207,8 @@ def _sort(tensors: Mapping[str, TensorInfo] | Mapping[str, Array]) -> _Sorted:
             bad = int(value.size - np.isfinite(value).sum())
             found.faults.append(f"{key}: {bad} of {value.size} values are NaN or infinite")
             continue
-        part, path = _part(name, found)
+        part, path, of_adapter = _part(name)
+        found.adapters |= {of_adapter} if of_adapter else set()
         known = origins.setdefault((path, part), key)
         if known != key:
             _compare(key, known, value, found, path, part)
@@ -226,16 +226,18 @@ def _sort(tensors: Mapping[str, TensorInfo] | Mapping[str, Array]) -> _Sorted:
     return found
 
 
-def _part(name: str, found: _Sorted) -> tuple[str, str]:
-    """Return what the tensor `name` is of, and the module's path; or "whole" and its own name."""
+def _part(name: str) -> tuple[str, str, str | None]:
+    """Return what the tensor `name` is, of which module, of which adapter.
+
+    What is no part of an update is "whole", under the name that it has in the model.
+    """
     for part, pattern in _PARTS:
         if match := pattern.fullmatch(name):
-            if match["name"]:
-                found.adapters.add(match["name"])
-            return part, match["path"]
+            return part, match["path"], match["name"]
     if match := _SAVED.search(name):
-        return "whole", name[: match.start()] + name[match.end() :]
-    return "whole", name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+        return "whole", name[: match.start()] + name[match.end() :], None
+    bare = name.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+    return "whole", bare, None
 
 
 def _compare(key: str, known: str, value: Array, found: _Sorted, path: str, part: str) -> None:
@@ -281,7 +283,7 @@ def _by_path(
         nested[bare.replace(".base_layer.", ".")][depth] = dict(held)
     result, orders = {}, {}
     for path, depths in nested.items():
-        leaves = _in_order(stated.leaves(path, len(depths)), registered)
+        leaves = in_order(stated.leaves(path, len(depths)), registered)
         if not leaves:
             if len(depths) > 1:
                 faults.append(refused("unknown-tensor", path, "nested wrappers"))
@@ -311,7 +313,7 @@ def _lone_halves(parts: Mapping[str, Mapping[str, Array]]) -> list[str]:
     ]
 
 
-def _in_order(leaves: Iterable[str], registered: tuple[str, ...]) -> list[str]:
+def in_order(leaves: Iterable[str], registered: tuple[str, ...]) -> list[str]:
     """Return the parameters of one module in the order in which it registers them."""
     places = {leaf: index for index, leaf in enumerate(registered)}
     return sorted(leaves, key=lambda leaf: (places.get(leaf, len(places)), leaf))
@@ -544,152 +546,3 @@ def _promised(config: Mapping[str, Any]) -> Promises:
 
 def _names(value: object) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else ()
-
-
-# ---------------------------------------------------------------- writing
-
-
-def config_of(adapter: Adapter) -> dict[str, Any]:
-    """Return the fields of PEFT's `adapter_config.json` that describe `adapter`.
-
-    The commonest rank and alpha become `r` and `lora_alpha`; every other module gets a pattern
-    that matches its path alone, so that no reader's order of patterns matters.
-    """
-    names = set(adapter.variant.split("+"))
-    alphas = {path: _alpha(adapter, path) for path in adapter.modules}
-    rank = int(_commonest(pair.rank for pair in adapter.modules.values()) or 8)
-    alpha = _commonest(alphas.values()) or 8.0
-    odd_ranks = {p: m.rank for p, m in adapter.modules.items() if m.rank != rank}
-    odd_alphas = {p: value for p, value in alphas.items() if value != alpha}
-    experts = [path for path, pair in adapter.modules.items() if pair.kind == EXPERTS]
-    biases = any(pair.bias is not None for pair in adapter.modules.values())
-    return {
-        **adapter.fields,
-        "peft_type": "LORA",
-        "task_type": adapter.task_type,
-        "base_model_name_or_path": adapter.base.id,
-        "revision": adapter.base.revision,
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": adapter.dropout,
-        "use_rslora": "rslora" in names,
-        "use_dora": "dora" in names,
-        "lora_bias": biases,
-        "rank_pattern": {_alone(path, alphas): value for path, value in odd_ranks.items()},
-        "alpha_pattern": {_alone(path, alphas): value for path, value in odd_alphas.items()},
-        "target_modules": sorted(adapter.modules.keys() - set(experts)),
-        "target_parameters": sorted(experts) or None,
-        "modules_to_save": _saved_modules(adapter) or None,
-        "bias": _bias_setting(adapter),
-        "fan_in_fan_out": False,
-        "init_lora_weights": adapter.fields.get("init_lora_weights", True),
-        "inference_mode": True,
-    }
-
-
-def _alone(path: str, paths: Iterable[str]) -> str:
-    """Return a pattern that matches `path` and none of the other `paths`."""
-    is_end = any(other.endswith("." + path) for other in paths)
-    return "^" * is_end + re.escape(path)
-
-
-def _alpha(adapter: Adapter, path: str) -> float:
-    """Return the alpha from which a reader computes the scale of the module at `path`."""
-    pair = adapter.modules[path]
-    names = adapter.variant.split("+")
-    plain = "rslora" if "rslora" in names else "lora"
-    if variants.scaling(plain, pair.alpha, pair.rank) == pair.scale:
-        return pair.alpha
-    return pair.scale * (pair.rank**0.5 if plain == "rslora" else pair.rank)
-
-
-def tensors_of(adapter: Adapter) -> dict[str, Array]:
-    """Return the tensors of `adapter` under PEFT's names, sorted.
-
-    What AdaLoRA stores as a diagonal is multiplied into B: plain LoRA has no place for it.
-    """
-    tensors = {PREFIX + _stored_as(name, adapter): v for name, v in adapter.replaced.items()}
-    experts = [path for path, pair in adapter.modules.items() if pair.kind == EXPERTS]
-    nesting = _nesting(experts, adapter.nested)
-    for path, pair in adapter.modules.items():
-        if pair.kind == EXPERTS:
-            name = PREFIX + nesting[path]
-            tensors[f"{name}.lora_A.weight"] = pair.a.reshape(-1, pair.a.shape[-1])
-            wide = pair.b.transpose(1, 2, 0)  # the expert's index runs fastest
-            tensors[f"{name}.lora_B.weight"] = wide.reshape(wide.shape[0], -1)
-            continue
-        kasa = "kasa" in adapter.variant.split("+")
-        b = pair.b if pair.diagonal is None or kasa else _times(pair.b, pair.diagonal)
-        first, second = ("lora_embedding_A", "lora_embedding_B"), ("lora_A.weight", "lora_B.weight")
-        names = first if pair.kind == EMBEDDING else second
-        tensors[f"{PREFIX}{path}.{names[0]}"], tensors[f"{PREFIX}{path}.{names[1]}"] = pair.a, b
-        if pair.diagonal is not None and kasa:
-            tensors[f"{PREFIX}{path}.lora_diag"] = pair.diagonal
-        if pair.magnitude is not None:
-            shape = (1, -1) + (1,) * (pair.a.ndim - 2) if pair.kind == CONV else (-1,)
-            name = f"{PREFIX}{path}.lora_magnitude_vector"
-            tensors[name] = pair.magnitude.reshape(shape)
-        if pair.bias is not None:
-            tensors[f"{PREFIX}{path}.lora_B.bias"] = pair.bias
-    for path, rows in adapter.rows.items():
-        tensors[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = rows.values
-    return dict(sorted(tensors.items()))
-
-
-def _times(b: Array, diagonal: Array) -> Array:
-    product: Array = b.astype(np.float64) * diagonal.astype(np.float64)
-    return product.astype(b.dtype)
-
-
-def _nesting(names: Iterable[str], orders: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return under which path PEFT stores the update of each parameter."""
-    of_module: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        of_module[name.rpartition(".")[0]].append(name)
-    found = {}
-    for module, group in of_module.items():
-        leaves = [name.rpartition(".")[2] for name in group]
-        inner_first = orders.get(module) or _in_order(leaves, _REGISTERED)
-        for outside, leaf in enumerate(reversed(inner_first)):
-            found[f"{module}.{leaf}"] = module + ".base_layer" * outside
-    return found
-
-
-def _commonest(values: Iterable[float]) -> float:
-    """Return the value that occurs most often, the smallest of several; 0 where there is none."""
-    return min(Counter(values).items(), key=lambda item: (-item[1], item[0]), default=(0.0, 0))[0]
-
-
-def _stored_as(name: str, adapter: Adapter) -> str:
-    """Return PEFT's name for a tensor stored whole: that of an adapted module lies in its base."""
-    module, _, leaf = name.rpartition(".")
-    return f"{module}.base_layer.{leaf}" if module in adapter.modules else name
-
-
-def _trained_biases(adapter: Adapter) -> set[str]:
-    """Return the biases that are stored without the weight beside them."""
-    names = adapter.replaced.keys()
-    ends = {name for name in names if name.endswith(".bias")}
-    return {name for name in ends if name.removesuffix("bias") + "weight" not in names}
-
-
-def _bias_setting(adapter: Adapter) -> str:
-    """Return PEFT's word for the biases that were trained."""
-    paths = {name.removesuffix(".bias") for name in _trained_biases(adapter)}
-    if not paths:
-        return "none"
-    return "lora_only" if paths <= adapter.modules.keys() else "all"
-
-
-def _saved_modules(adapter: Adapter) -> list[str]:
-    """Return the modules that are stored whole, as PEFT wants them named.
-
-    For a task with a head PEFT wraps the whole head, so its parts must not be named apart.
-    """
-    whole = adapter.replaced.keys() - _trained_biases(adapter)
-    modules = {name.rpartition(".")[0] for name in whole} - adapter.modules.keys()
-    backbone = {path.partition(".")[0] for path in adapter.modules}
-    if adapter.task_type in WITH_HEADS:
-        tops = {module.partition(".")[0] for module in modules} - backbone
-        modules = {m for m in modules if m.partition(".")[0] not in tops} | tops
-    return sorted(modules)

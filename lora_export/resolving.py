@@ -81,7 +81,6 @@ def architecture(
         },
         output_names=outputs,
         buffers=frozenset(shapes.keys() - parameters),
-        prefix=finder.prefix,
     )
 
 

@@ -24,7 +24,7 @@ from on_disk import (
     pair,
 )
 
-from lora_export import inspection, peft_names, read_adapter
+from lora_export import inspection, peft_names, peft_writing, read_adapter
 from lora_export.opening import open_job
 from lora_export.records import EXPERTS as EXPERT_KIND
 from lora_export.records import Adapter, BaseRef, Fingerprint, Reading
@@ -126,7 +126,7 @@ def test_with_a_base_the_size_is_a_share_of_the_bases_weight(tiny, tmp_path, pat
 
 def scales_in(loader, adapter):
     """The scale that a loader takes for every module, from the file that PEFT would write."""
-    config = peft_names.config_of(adapter)
+    config = peft_writing.config_of(adapter)
     found = {}
     for path, held in adapter.modules.items():
         rank = config["r"] if loader == "vLLM" else held.rank  # llama.cpp: of the tensor

@@ -11,7 +11,8 @@ ROOT = Path(lora_export.__file__).parent
 ORDER = [
     "errors", "refusals", "records", "registry", "storage", "architecture", "pickles",
     "publishing", "config", "rounding", "variants", "lora", "recomputed", "injection",
-    "peft_config", "peft_names", "formats", "bases", "adapter", "normalising", "conversion",
+    "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
+    "conversion",
     "models", "resolving", "plan", "merging", "auditing", "compare", "runners", "inputs",
     "exporters", "timing", "checks", "measurements", "environment", "codec", "report", "judging",
     "opening", "inspection", "stages", "pipeline", "cli", "__main__",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from on_disk import BF16, KINDS, adalora, delta, factors, fields, numbers
 
-from lora_export import peft_names
+from lora_export import peft_names, peft_writing
 from lora_export.errors import InputError
 from lora_export.normalising import normalised
 from lora_export.records import EXPERTS, Adapter, Factors, Rows
@@ -81,7 +81,7 @@ def test_what_is_no_update_stays_as_it_is():
 
 
 def test_the_config_that_is_written_has_one_rank_one_alpha_and_no_patterns():
-    config = peft_names.config_of(normalised(mixed()))
+    config = peft_writing.config_of(normalised(mixed()))
     assert config["r"] == config["lora_alpha"] == 3
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["use_rslora"] is config["use_dora"] is False
@@ -89,12 +89,12 @@ def test_the_config_that_is_written_has_one_rank_one_alpha_and_no_patterns():
 
 def test_a_loader_that_knows_plain_lora_only_computes_the_same():
     before, after = mixed(), normalised(mixed())
-    found = plain_loader(peft_names.tensors_of(after), peft_names.config_of(after))
+    found = plain_loader(peft_writing.tensors_of(after), peft_writing.config_of(after))
     assert found.keys() == before.modules.keys()
     for path, pair in before.modules.items():
         near(found[path], delta(pair)[0])
     # It would have been wrong before.
-    wrong = plain_loader(peft_names.tensors_of(before), peft_names.config_of(before))
+    wrong = plain_loader(peft_writing.tensors_of(before), peft_writing.config_of(before))
     assert np.abs(wrong["c"] - delta(before.modules["c"])[0]).max() > 0.1
 
 
@@ -149,7 +149,7 @@ def test_every_kind_keeps_its_updates_or_is_refused(tensors, config):
             normalised(before)
         return
     written = normalised(before)
-    after = peft_names.read(peft_names.tensors_of(written), peft_names.config_of(written), "a")
+    after = peft_names.read(peft_writing.tensors_of(written), peft_writing.config_of(written), "a")
     assert after.modules.keys() == before.modules.keys()
     for path, pair in before.modules.items():
         near(delta(after.modules[path]), delta(pair))
@@ -180,7 +180,7 @@ def test_an_adapter_of_a_residual_base_is_refused(init):
 @pytest.mark.parametrize("init", ["gaussian", "Gaussian", "eva", "orthogonal", "mica", True])
 def test_a_start_that_leaves_the_base_alone_does_not_matter(init):
     adapter = read(
-        peft_names.tensors_of(Adapter({"a": factors()}, {}, "lora")), init_lora_weights=init
+        peft_writing.tensors_of(Adapter({"a": factors()}, {}, "lora")), init_lora_weights=init
     )
     assert normalised(adapter).modules
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from on_disk import BF16, KINDS, PREFIX, adalora, factors, fields, fused, keyed, numbers, pair
 
-from lora_export import peft_names
+from lora_export import peft_names, peft_writing
 from lora_export.errors import InputError
 from lora_export.records import (
     CONV,
@@ -461,7 +461,7 @@ def _as(tensors, dtype):
 @EACH_DTYPE
 def test_the_tensors_that_are_written_are_those_that_were_read(tensors, config, dtype):
     held = _as(tensors, dtype)
-    written = peft_names.tensors_of(read(held, **config))
+    written = peft_writing.tensors_of(read(held, **config))
     assert written.keys() == held.keys()
     for name, value in held.items():
         assert same(written[name], value), name
@@ -470,7 +470,7 @@ def test_the_tensors_that_are_written_are_those_that_were_read(tensors, config, 
 @EACH_KIND
 def test_what_is_written_is_read_as_the_same_adapter(tensors, config):
     first = read(tensors, **config)
-    again = peft_names.read(peft_names.tensors_of(first), peft_names.config_of(first), "a")
+    again = peft_names.read(peft_writing.tensors_of(first), peft_writing.config_of(first), "a")
     assert again.modules.keys() == first.modules.keys()
     for path, held in first.modules.items():
         found = again.modules[path]
@@ -492,7 +492,7 @@ def test_what_is_written_is_read_as_the_same_adapter(tensors, config):
 @EACH_KIND
 def test_reading_does_not_depend_on_the_order_of_the_file(tensors, config):
     one, other = (
-        peft_names.tensors_of(read(dict(order), **config))
+        peft_writing.tensors_of(read(dict(order), **config))
         for order in (tensors.items(), reversed(tensors.items()))
     )
     assert list(one) == list(other)
@@ -502,7 +502,7 @@ def test_reading_does_not_depend_on_the_order_of_the_file(tensors, config):
 def test_adalora_is_written_as_plain_lora_with_the_same_update():
     """Its diagonal has no place in plain LoRA, and PEFT's AdaLoRA cannot be read by others."""
     first = read(adalora(3), **ADA)
-    again = peft_names.read(peft_names.tensors_of(first), peft_names.config_of(first), "a")
+    again = peft_names.read(peft_writing.tensors_of(first), peft_writing.config_of(first), "a")
     assert again.variant == "lora"
     (one,), (other,) = first.modules.values(), again.modules.values()
     assert other.diagonal is None
@@ -520,9 +520,9 @@ def test_the_patterns_that_are_written_match_one_module_each():
         )
     }  # fmt: skip
     adapter = Adapter(modules, {}, "lora")
-    config = peft_names.config_of(adapter)
+    config = peft_writing.config_of(adapter)
     assert config["rank_pattern"].keys() == {r"h\.11\.q"}
-    again = peft_names.read(peft_names.tensors_of(adapter), config, "a").modules
+    again = peft_names.read(peft_writing.tensors_of(adapter), config, "a").modules
     for path, held in modules.items():
         assert (again[path].rank, again[path].alpha) == (held.rank, held.alpha)
 
@@ -532,8 +532,8 @@ def test_a_path_that_ends_another_path_keeps_its_own_numbers(rank, alpha):
     """A pattern matches from any dot on, so that of `q` would match `h.q` as well."""
     modules = {"q": factors(rank=rank, alpha=alpha), "h.q": factors(), "i.q": factors()}
     adapter = Adapter(modules, {}, "lora")
-    config = peft_names.config_of(adapter)
-    again = peft_names.read(peft_names.tensors_of(adapter), config, "a").modules
+    config = peft_writing.config_of(adapter)
+    again = peft_names.read(peft_writing.tensors_of(adapter), config, "a").modules
     for path, held in modules.items():
         assert (again[path].rank, again[path].alpha) == (held.rank, held.alpha)
 
@@ -544,24 +544,24 @@ def test_a_scale_without_an_alpha_is_written_as_the_alpha_that_gives_it(scale, v
     """Of mlx-lm, whose config says the scale itself; half an ulp of float64 may be lost."""
     held = factors(rank=3, alpha=1.0, scale=scale)
     adapter = Adapter({LAYER: held}, {}, variant)
-    again = peft_names.read(peft_names.tensors_of(adapter), peft_names.config_of(adapter), "a")
+    again = peft_names.read(peft_writing.tensors_of(adapter), peft_writing.config_of(adapter), "a")
     assert only(again).scale == pytest.approx(scale, rel=4e-16)
 
 
 def test_heads_are_named_as_peft_wants_them():
     whole = {f"classifier.{name}.weight": numbers(2, 2) for name in ("dense", "out_proj")}
     adapter = Adapter({LAYER: factors()}, whole, "lora", task_type="SEQ_CLS")
-    assert peft_names.config_of(adapter)["modules_to_save"] == ["classifier"]
+    assert peft_writing.config_of(adapter)["modules_to_save"] == ["classifier"]
     plain = dataclasses.replace(adapter, task_type=None)
     expected = ["classifier.dense", "classifier.out_proj"]
-    assert peft_names.config_of(plain)["modules_to_save"] == expected
+    assert peft_writing.config_of(plain)["modules_to_save"] == expected
 
 
 def test_rows_are_written_with_the_config_that_numbers_them():
     rows = {EMBED: Rows((4, 2), numbers(2, 8))}
     config = {"trainable_token_indices": {"embed_tokens": [4, 2]}}
     adapter = Adapter({LAYER: factors()}, {}, "lora", rows=rows, fields=config)
-    assert peft_names.config_of(adapter)["trainable_token_indices"] == {"embed_tokens": [4, 2]}
+    assert peft_writing.config_of(adapter)["trainable_token_indices"] == {"embed_tokens": [4, 2]}
 
 
 @pytest.mark.parametrize("kind", [EMBEDDING, CONV, EXPERTS])

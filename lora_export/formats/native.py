@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import peft_names, storage
+from lora_export import peft_names, peft_writing, storage
 from lora_export.errors import InputError
 from lora_export.records import Adapter, BaseRef, Fingerprint, Reading
 
@@ -60,14 +60,14 @@ def write(adapter: Adapter, path: Path) -> None:
     """Write `adapter` to `path`; the same adapter gives the same bytes."""
     values = {
         "schema": SCHEMA,
-        "config": peft_names.config_of(adapter),
+        "config": peft_writing.config_of(adapter),
         "base": dataclasses.asdict(adapter.base),
         "labels": list(adapter.labels),
         "training": dict(adapter.training),
     }
     metadata = {"format": "pt"}
     metadata |= {_KEY + name: json.dumps(v, sort_keys=True) for name, v in values.items()}
-    tensors = peft_names.tensors_of(adapter)
+    tensors = peft_writing.tensors_of(adapter)
     storage.write_safetensors(
         path, [storage.NewTensor.of(name, value) for name, value in tensors.items()], metadata
     )

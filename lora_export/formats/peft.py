@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from lora_export import peft_names, pickles, publishing, storage
+from lora_export import peft_names, peft_writing, pickles, publishing, storage
 from lora_export.errors import InputError
 from lora_export.records import Adapter, Reading
 
@@ -60,11 +60,11 @@ def write(adapter: Adapter, path: Path) -> None:
     """
     publishing.refuse_existing(path, overwrite=False)
     path.mkdir()
-    config = peft_names.config_of(adapter)
-    if not adapter.replaced and adapter.task_type in peft_names.WITH_HEADS:
+    config = peft_writing.config_of(adapter)
+    if not adapter.replaced and adapter.task_type in peft_writing.WITH_HEADS:
         config["task_type"] = None  # PEFT would look for the head in the file
     storage.write_json(path / CONFIG, config)
-    tensors = peft_names.tensors_of(adapter)
+    tensors = peft_writing.tensors_of(adapter)
     storage.write_safetensors(
         path / WEIGHTS,
         [storage.NewTensor.of(name, value) for name, value in tensors.items()],
