@@ -401,3 +401,66 @@ def test_a_config_that_was_changed_after_the_merge_fails(call, merged):
     config["num_attention_heads"] = 8
     (folder / "config.json").write_text(json.dumps(config))
     assert call("verify", folder, *given, "--quiet")[0] == 5
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "other.safetensors", "modeling_x.py"])
+def test_a_file_that_a_loader_would_read_beside_the_merge_fails(call, merged, name):
+    folder, given = merged
+    (folder / name).write_text("{}")
+    assert call("verify", folder, *given, "--quiet")[0] in (2, 5)
+
+
+def test_a_note_of_the_user_beside_the_merge_is_none_of_its_business(call, merged):
+    folder, given = merged
+    (folder / "NOTES.md").write_text("ours")
+    assert call("verify", folder, *given, "--quiet")[0] == 0
+
+
+def test_the_options_of_the_merge_are_those_of_its_verification(call, adapter, base, tmp_path):
+    given = ("--adapter", adapter, "--base", base)
+    assert call("merge", *given, "--dtype", "bfloat16", "--quiet")[0] == 0
+    assert call("verify", tmp_path / "merged", *given, "--quiet")[0] == 0
+    assert call("verify", tmp_path / "merged", *given, "--dtype", "float16", "--quiet")[0] == 5
+
+
+# ---------------------------------------------------------------- options and companions
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect", "convert"])
+def test_an_alpha_for_a_file_that_says_its_own_is_refused(call, adapter, base, tmp_path, command):
+    words = {
+        "merge": ("--adapter", adapter, "--base", base),
+        "inspect": (adapter,),
+        "convert": (adapter, "--out", tmp_path / "out"),
+    }
+    code, _, err = call(command, *words[command], "--alpha", "3")
+    assert code == 2
+    assert "drop --alpha" in err
+
+
+def test_a_model_is_not_taken_for_an_adapter(call, base):
+    code, _, err = call("inspect", base)
+    assert code == 2
+    assert "holds a model" in err
+
+
+def test_the_tokenizer_beside_the_adapter_is_the_one_that_ships(
+    call, adapter, tiny, tmp_path, monkeypatch
+):
+    folder = tmp_path / "base"
+    tiny("llama").save_pretrained(folder)
+    for name in ("spm.model", "processor_config.json", "added_tokens.json"):
+        (folder / name).write_text("{}")
+    (adapter / "tokenizer.json").write_text('{"of": "the adapter"}')
+    assert call("merge", "--adapter", adapter, "--base", folder, "--quiet")[0] == 0
+    merged = tmp_path / "merged"
+    assert "the adapter" in (merged / "tokenizer.json").read_text()
+    assert (merged / "processor_config.json").is_file()
+    assert not (merged / "spm.model").exists()  # of another tokenizer
+    assert not (merged / "added_tokens.json").exists()
+
+
+def test_a_run_does_not_compare_what_was_not_trained(call, adapter, base):
+    code, _, err = call("run", "--adapter", adapter, "--base", base, "--tied", "both")
+    assert code == 2
+    assert "use `lora-export merge`" in err
