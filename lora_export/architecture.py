@@ -4,10 +4,11 @@ Two ways lead here. `read_off` takes a checkpoint whose own names and shapes say
 nothing. Anything else needs the model, built without weights: `models.architecture`.
 """
 
+import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,11 @@ class Link:
     box: Box | None = None  # in the model's tensor
     offset: Box | None = None  # in the stored one
     swapped: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the one is all of the other."""
+        return self.box is None and self.offset is None
 
 
 @dataclass(frozen=True)
@@ -131,12 +137,20 @@ def read_off(
     """
     if not _is_simple(adapter, checkpoint, config):
         return None
+    # Many updates lie in few stacks and layers: each is looked through once.
+    whole = functools.cache(lambda head: _is_stack(head, checkpoint, config))
+    votes = functools.cache(lambda start: _votes(start, checkpoint))
+
+    def in_stack(name: str) -> bool:
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        return match is not None and whole(name[: match.start()])
+
     layers = {}
     for path, pair in adapter.modules.items():
         info = checkpoint.tensors.get(f"{path}.weight")
-        if info is None or len(info.shape) != 2 or not _in_stack(path, checkpoint, config):
+        if info is None or len(info.shape) != 2 or not in_stack(path):
             return None
-        kind = _orientation(path, info, checkpoint)
+        kind = _orientation(path, info, checkpoint, votes)
         bias = pair.bias is None or f"{path}.bias" in checkpoint.tensors
         parent = path.rpartition(".")[0]
         if kind is None or not bias or f"{parent}.in_proj_weight" in checkpoint.tensors:
@@ -144,7 +158,7 @@ def read_off(
         layers[path] = Layer(kind)
     for name, value in adapter.replaced.items():
         info = checkpoint.tensors.get(name)
-        if info is None or info.shape != value.shape or not _in_stack(name, checkpoint, config):
+        if info is None or info.shape != value.shape or not in_stack(name):
             return None
         if value.ndim > 1:  # a list of embeddings or heads is a stack too, and may be tied
             return None
@@ -193,13 +207,12 @@ def _is_simple(adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, An
     return plain and not odd and not saved
 
 
-def _in_stack(name: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
-    """Return whether `name` lies in a stack of layers of which every one is on disk, and whole.
+def _is_stack(head: str, checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Return whether below `head` lies a stack of layers of which every one is on disk, and whole.
 
     Tied weights are stored once, so a linear map that is there for every layer is tied across none.
     """
-    match = re.search(r"(?<=\.)\d+(?=\.)", name)
-    layers = _layers(checkpoint, name[: match.start()]) if match else {}
+    layers = _layers(checkpoint, head)
     same = len({frozenset(tails) for tails in layers.values()}) == 1
     return same and set(layers) == set(range(len(layers))) and len(layers) in _depths(config)
 
@@ -223,7 +236,9 @@ def _depths(config: Mapping[str, Any]) -> set[int]:
     return found
 
 
-def _orientation(path: str, info: TensorInfo, checkpoint: Checkpoint) -> str | None:
+def _orientation(
+    path: str, info: TensorInfo, checkpoint: Checkpoint, votes: Callable[[str], "_Votes"]
+) -> str | None:
     """Return LINEAR or CONV1D for the weight at `path`, or None where it cannot be told.
 
     HF's Conv1D always has a bias, of the length of its columns; a linear map's is as long as its
@@ -234,7 +249,17 @@ def _orientation(path: str, info: TensorInfo, checkpoint: Checkpoint) -> str | N
     if bias is not None and info.shape[0] != info.shape[1]:
         return LINEAR if bias.shape == info.shape[:1] else CONV1D
     layer = re.match(r".*?\.\d+\.", path)
-    start = layer[0] if layer else ""
+    kinds, biased = votes(layer[0] if layer else "")
+    if not kinds and not biased:
+        return LINEAR
+    return LINEAR if kinds == {LINEAR} else CONV1D if kinds == {CONV1D} and bias else None
+
+
+_Votes = tuple[frozenset[str], bool]  # kinds that oblong weights with a bias show; any bias at all
+
+
+def _votes(start: str, checkpoint: Checkpoint) -> _Votes:
+    """Return how the layer whose tensors begin with `start` stores its weights."""
     names = [name for name in checkpoint.tensors if name.startswith(start)]
     kinds = {
         LINEAR if other.shape == weight.shape[:1] else CONV1D
@@ -244,6 +269,4 @@ def _orientation(path: str, info: TensorInfo, checkpoint: Checkpoint) -> str | N
         and weight.shape[0] != weight.shape[1]
         and (other := checkpoint.tensors.get(name.removesuffix("weight") + "bias")) is not None
     }
-    if not kinds and not any(name.endswith(".bias") for name in names):
-        return LINEAR
-    return LINEAR if kinds == {LINEAR} else CONV1D if kinds == {CONV1D} and bias else None
+    return frozenset(kinds), any(name.endswith(".bias") for name in names)

@@ -90,7 +90,12 @@ def matches(pattern: str, path: str) -> bool:
             raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
     if any(character in pattern for character in "*?["):
         return fnmatch.fnmatchcase(path, pattern)
-    return path == pattern or path.endswith("." + pattern)
+    return is_named(path, [pattern])
+
+
+def is_named(path: str, names: Iterable[str]) -> bool:
+    """Return whether one of `names` is `path` or a dotted end of it."""
+    return any(path == name or path.endswith("." + name) for name in names)
 
 
 def layer_index(path: str) -> int | None:

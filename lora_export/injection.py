@@ -4,7 +4,7 @@ The base's weights are never copied and never changed here.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,9 +90,9 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
             faults are listed, and the model is left as it was.
     """
     with recomputed.aside(model):
-        if faults := _misfits(model, adapter):
+        others = _without_layer(model, adapter)
+        if faults := _misfits(model, adapter, others):
             raise AdapterMismatch(listed("the adapter does not fit this model", faults))
-        others = [path for path in adapter.modules if not _has_layer(model, adapter, path)]
         prepared = recomputed.prepare(model, adapter, others)
     layers = {
         path: LoraConfig(pair.rank, pair.alpha, adapter.dropout, variant=adapter.variant)
@@ -112,18 +112,21 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
     recomputed.attach(model, prepared)
 
 
-def _has_layer(model: nn.Module, adapter: Adapter, path: str) -> bool:
-    """Return whether a LoRA layer computes the update at `path`, or it is computed in every call.
+def _without_layer(model: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the paths whose updates no LoRA layer computes, so that they are computed anew.
 
-    That is for what has no layer of its own, and for weights that are tied with both sides updated.
+    That is what has no layer of its own, and weights that are tied with both sides updated.
     """
-    if adapter.variant not in TRAINABLE or not adapter.modules[path].is_plain:
-        return False
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    own = weights.get(f"{path}.weight")
-    tied = {name for name, value in weights.items() if value is own and own is not None}
-    updated = {tensor_of(other, pair.kind) for other, pair in adapter.modules.items()}
-    return len(tied) < 2 or not tied <= updated
+    updated = {tensor_of(path, pair.kind) for path, pair in adapter.modules.items()}
+    names: dict[int, set[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), set()).add(name)
+    tied = {n for group in names.values() if len(group) > 1 and group <= updated for n in group}
+    return [
+        path
+        for path, pair in adapter.modules.items()
+        if adapter.variant not in TRAINABLE or not pair.is_plain or f"{path}.weight" in tied
+    ]
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
@@ -354,14 +357,15 @@ def _parameters_of(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...
     )
 
 
-def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
+def _misfits(model: nn.Module, adapter: Adapter, others: Sequence[str]) -> list[str]:
+    """Return why `adapter` does not fit; `others` are the paths without a LoRA layer."""
     modules = dict(model.named_modules())
     tensors = model.state_dict(keep_vars=True)
     faults = []
     variants.check(adapter.variant)
     updated = {tensor_of(path, pair.kind) for path, pair in adapter.modules.items()}
     for path, pair in adapter.modules.items():
-        if not _has_layer(model, adapter, path):
+        if path in others:
             faults += _rebuilt_faults(model, tensor_of(path, pair.kind), updated)
             continue
         shape = shape_of(modules.get(path))

@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from lora_export import peft_config
 from lora_export.errors import InputError, listed
 from lora_export.records import EXPERTS, Adapter, Array, Factors, all_finite
 
@@ -22,8 +23,8 @@ def normalised(adapter: Adapter) -> Adapter:
     """
     names = set(adapter.variant.split("+")) & {"dora", "kasa", "pissa", "olora"}
     faults = [f"{name}: its merged weight is no sum of the base and a product" for name in names]
-    init = adapter.fields.get("init_lora_weights")
-    if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
+    if peft_config.changes_base(adapter.fields):
+        init = adapter.fields["init_lora_weights"]
         faults.append(f"init_lora_weights {init}: training changed the base first")
     if faults:
         raise InputError(listed("cannot be normalised", faults))

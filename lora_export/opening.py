@@ -190,7 +190,7 @@ def _live(adapter: Adapter, found: Architecture, steps: MergePlan) -> Adapter:
 
     def named(name: str, end: str) -> str:
         links = found.names.get(name + end, ())
-        whole = len(links) == 1 and links[0].box is None and links[0].offset is None
+        whole = len(links) == 1 and links[0].is_whole
         return links[0].tensor.removesuffix(end) if whole else name
 
     return dataclasses.replace(
@@ -237,7 +237,7 @@ class _Target:
         )
         if getattr(config, "pad_token_id", 0) is None and models.has_tokenizer(base):
             config.pad_token_id = models.tokenizer(base).pad_token_id
-        return _Fitting(adapter, checkpoint, config, fields, options, again).target()
+        return _Fitting(adapter, checkpoint, config, options, again).target()
 
 
 Again = Callable[[tuple[str, ...]], Adapter]  # read the adapter with another order of parameters
@@ -264,12 +264,11 @@ class _Fitting:
         adapter: Adapter,
         checkpoint: Checkpoint,
         config: Any,
-        fields: Mapping[str, Any],
         options: Options,
         again: "Again",
     ) -> None:
         self.adapter, self.checkpoint, self.options = adapter, checkpoint, options
-        self.config, self.fields, self.again = config, fields, again
+        self.config, self.again = config, again
         self.settings: dict[str, Any] = {"architectures": list(config.architectures)}
         for name in ("id2label", "label2id", "pad_token_id"):
             if (value := getattr(config, name, None)) is not None:

@@ -7,13 +7,14 @@ it may change the merged weight. Source: PEFT's LoraConfig and AdaLoraConfig, 0.
 import re
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import regex
 
 from lora_export import variants
+from lora_export.config import is_named
 from lora_export.errors import InputError, listed
 from lora_export.records import LARGEST, Reading
 from lora_export.refusals import refused
@@ -93,7 +94,7 @@ class PeftConfig:
             if not _is_expression(self.target_modules):
                 return True  # of syntax that is not matched here: taken to mean every module
             return self.matcher.fullmatch(self.target_modules, path)
-        return self.target_modules is None or _ends(path, self.target_modules)
+        return self.target_modules is None or is_named(path, self.target_modules)
 
     def leaves(self, path: str, count: int = 1) -> set[str]:
         """Return the parameters of the module at `path` that `target_parameters` names.
@@ -102,7 +103,7 @@ class PeftConfig:
         `count` parameters are to be explained and the names with a module do not suffice.
         """
         split = [name.rpartition(".")[::2] for name in self.target_parameters]
-        named = {leaf for parent, leaf in split if parent and _ends(path, [parent])}
+        named = {leaf for parent, leaf in split if parent and is_named(path, [parent])}
         if len(named) >= count or (self.target_modules and self.targets(path)):
             return named
         return named | {leaf for parent, leaf in split if not parent}
@@ -111,7 +112,7 @@ class PeftConfig:
         """Return the trained rows of the embedding at `path`, or None where none are named."""
         if isinstance(self.rows, tuple):
             return self.rows or None
-        return next((rows for name, rows in self.rows.items() if _ends(path, [name])), None)
+        return next((rows for name, rows in self.rows.items() if is_named(path, [name])), None)
 
     def ranks_of(self, path: str) -> list[float]:
         """Return every rank that a pattern states for `path`, in order; or the one for all."""
@@ -128,10 +129,6 @@ class PeftConfig:
     def _matching(self, name: str, path: str) -> dict[str, float]:
         patterns: Mapping[str, float] = getattr(self, name)
         return self.matcher.matching(patterns, path)
-
-
-def _ends(path: str, names: Iterable[str]) -> bool:
-    return any(path == name or path.endswith("." + name) for name in names)
 
 
 class _Matcher:
@@ -229,6 +226,12 @@ def is_residual(config: Mapping[str, Any]) -> bool:
     """Return whether training began by changing the base in a way that cannot be done again."""
     init = config.get("init_lora_weights")
     return isinstance(init, str) and init.lower().startswith(_RESIDUAL)
+
+
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Return whether training began by changing the base, in whatever way."""
+    init = config.get("init_lora_weights")
+    return isinstance(init, str) and init.lower() not in _INITS
 
 
 def kept(config: Mapping[str, Any]) -> dict[str, Any]:

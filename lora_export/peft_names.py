@@ -508,12 +508,7 @@ def _rank_faults(modules: Mapping[str, Factors], stated: PeftConfig, notes: list
 def _saved_notes(config: Mapping[str, Any], found: _Sorted) -> list[str]:
     notes = []
     bias = config.get("bias") or "none"
-    trained = [
-        name
-        for name in found.replaced
-        if name.endswith(".bias") and name.removesuffix("bias") + "weight" not in found.replaced
-    ]
-    if bias != "none" and not trained:
+    if bias != "none" and not trained_biases(found.replaced):
         notes.append(
             f"the config says bias={_text(bias)}, but the file holds no bias of an adapted layer: "
             "if biases were trained, they were lost when it was saved, and the merged model has "
@@ -525,6 +520,15 @@ def _saved_notes(config: Mapping[str, Any], found: _Sorted) -> list[str]:
             + listed("whole tensors", found.replaced)
         )
     return notes
+
+
+def trained_biases(replaced: Mapping[str, Array]) -> set[str]:
+    """Return the biases that are stored without the weight beside them."""
+    return {
+        name
+        for name in replaced
+        if name.endswith(".bias") and name.removesuffix("bias") + "weight" not in replaced
+    }
 
 
 def _text(value: object) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_export import variants
-from lora_export.peft_names import PREFIX, REGISTERED, in_order
+from lora_export.peft_names import PREFIX, REGISTERED, in_order, trained_biases
 from lora_export.records import CONV, EMBEDDING, EXPERTS, Adapter, Array
 
 WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS")  # tasks for which PEFT expects a head in the file
@@ -134,16 +134,9 @@ def _stored_as(name: str, adapter: Adapter) -> str:
     return f"{module}.base_layer.{leaf}" if module in adapter.modules else name
 
 
-def _trained_biases(adapter: Adapter) -> set[str]:
-    """Return the biases that are stored without the weight beside them."""
-    names = adapter.replaced.keys()
-    ends = {name for name in names if name.endswith(".bias")}
-    return {name for name in ends if name.removesuffix("bias") + "weight" not in names}
-
-
 def _bias_setting(adapter: Adapter) -> str:
     """Return PEFT's word for the biases that were trained."""
-    paths = {name.removesuffix(".bias") for name in _trained_biases(adapter)}
+    paths = {name.removesuffix(".bias") for name in trained_biases(adapter.replaced)}
     if not paths:
         return "none"
     return "lora_only" if paths <= adapter.modules.keys() else "all"
@@ -154,7 +147,7 @@ def _saved_modules(adapter: Adapter) -> list[str]:
 
     For a task with a head PEFT wraps the whole head, so its parts must not be named apart.
     """
-    whole = adapter.replaced.keys() - _trained_biases(adapter)
+    whole = adapter.replaced.keys() - trained_biases(adapter.replaced)
     modules = {name.rpartition(".")[0] for name in whole} - adapter.modules.keys()
     backbone = {path.partition(".")[0] for path in adapter.modules}
     if adapter.task_type in WITH_HEADS:

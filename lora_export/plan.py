@@ -22,7 +22,7 @@ from lora_export.architecture import (
     first_in,
     stack,
 )
-from lora_export.config import nearest
+from lora_export.config import is_named, nearest
 from lora_export.errors import MOST_LISTED, AdapterMismatch, InputError, listed
 from lora_export.records import (
     CONV,
@@ -228,7 +228,7 @@ class _Planner:
     def _links(self, name: str) -> tuple[Link, ...]:
         """Return where the adapter's tensor `name` lies in the model; without one, a fault."""
         links = self.architecture.names.get(name, ())
-        owner = self.architecture.layers.get(name.rpartition(".")[0], Layer(OTHER))
+        owner = self._layer_at(name)
         if not links and owner.refusal:
             self.faults.append(refused(owner.refusal, name, owner.found))
         elif not links:
@@ -245,11 +245,9 @@ class _Planner:
         links = self._links(name)
         if not links:
             return
-        if len(links) > 1 or links[0].box or links[0].offset or links[0].swapped:
-            self.faults.append(refused("conversion", name))
-            return
         stored = self.architecture.stored_for(links[0].tensor)
-        if any(link.box or link.offset or link.swapped for link in stored):
+        moved = any(link.swapped or not link.is_whole for link in (*links, *stored))
+        if len(links) > 1 or moved:
             self.faults.append(refused("conversion", name))
             return
         tensor, value = links[0].tensor, self.adapter.replaced[name]
@@ -282,11 +280,10 @@ class _Planner:
         if not links:
             return
         tensor = links[0].tensor
-        module = tensor.rpartition(".")[0]
-        layer = self.architecture.layers.get(module, Layer(OTHER))
+        layer = self._layer_at(tensor)
         faults = self._layer_faults(path, pair, layer, links)
         others = self.architecture.tied(tensor) - {tensor}
-        if twin := self._twin(path, pair, others):
+        if twin := self._twin(path, pair, others) if others else None:
             self.ignored[path] = f"the same update as that of {twin}, whose weight is tied to it"
             return
         if others and not self._both_sides(path, pair, others):
@@ -330,7 +327,7 @@ class _Planner:
         if layer.refusal:
             return [refused(layer.refusal, path, layer.found)]
         names = set(self.adapter.variant.split("+"))
-        whole = all(link.box is None and link.offset is None for link in links)
+        whole = all(link.is_whole for link in links)
         if pair.kind == EXPERTS:
             return []
         # AdaLoRA stores the pair of a 2-d convolution flat.
@@ -456,7 +453,7 @@ class _Planner:
             return
         for target in self.architecture.stored_for(links[0].tensor):
             info = self.checkpoint.tensors[target.stored]
-            if target.box or target.offset or links[0].box or links[0].offset:
+            if not (target.is_whole and links[0].is_whole):
                 self.faults.append(refused("conversion", name))
             elif pair.bias is None or info.shape != pair.bias.shape:
                 self.faults.append(f"{name}: the base has shape {info.shape}")
@@ -480,7 +477,7 @@ class _Planner:
                     self.faults.append(refused("tied", path, f"other rows than {other}"))
                 return
         # Rows of the input side are those of the output side too, and not the reverse.
-        layer = self.architecture.layers.get(links[0].tensor.rpartition(".")[0], Layer(OTHER))
+        layer = self._layer_at(links[0].tensor)
         alone = layer.kind != EMBEDDING and not self._has_input_rows(others)
         if others and alone and self.choices.tied != "both":
             self.faults.append(refused("tied", path, f"shared with {', '.join(others)}"))
@@ -496,7 +493,7 @@ class _Planner:
             self.onto[own].append(part)
             return
         for target in self.architecture.stored_for(links[0].tensor):
-            if target.box or target.offset or target.swapped:
+            if target.swapped or not target.is_whole:
                 self.faults.append(refused("conversion", path))
             if self.parts.get((target.stored, target.tensor)):
                 self.faults.append(refused("layer-kind", path, "rows and an update of one weight"))
@@ -540,7 +537,7 @@ class _Planner:
         """Return the base's tensors that do not have the shape that the model needs."""
         faults = []
         for link in self.architecture.links:
-            whole = link.box is None and link.offset is None
+            whole = link.is_whole
             if link.tensor in self.architecture.unfollowed or (whole and self._own(link.tensor)):
                 continue
             stored = self.checkpoint.tensors[link.stored].shape
@@ -562,7 +559,7 @@ class _Planner:
         heads = [
             path
             for path in _owners(self.architecture.shapes)
-            if any(path == name or path.endswith("." + name) for name in promises.saved)
+            if is_named(path, promises.saved)
             and not any(tensor.startswith(path + ".") for tensor in held)
         ]
         lost = [
@@ -577,7 +574,7 @@ class _Planner:
             for path, layer in layers.items()
             if layer.kind in (LINEAR, CONV1D)
             and not {f"{path}.weight"} & (adapted | held)
-            and any(path == name or path.endswith("." + name) for name in promises.adapted)
+            and is_named(path, promises.adapted)
         ]:
             title = "the config targets these modules, the file has no pair for them"
             self.notes.append(listed(title, unadapted))
@@ -631,8 +628,11 @@ class _Planner:
 
     def _layer_of(self, path: str) -> Layer:
         links = self._known(tensor_of(path, self.adapter.modules[path].kind))
-        module = links[0].tensor.rpartition(".")[0] if links else path
-        return self.architecture.layers.get(module, Layer(OTHER))
+        return self._layer_at(links[0].tensor) if links else Layer(OTHER)
+
+    def _layer_at(self, tensor: str) -> Layer:
+        """Return the layer that owns a tensor of the model."""
+        return self.architecture.layers.get(tensor.rpartition(".")[0], Layer(OTHER))
 
     def _strangers(self) -> list[str]:
         """Return the names among the config's targets that no module has."""
@@ -694,8 +694,7 @@ class _Planner:
         """
         found: dict[str, tuple[str | None, tuple[Part, ...]]] = {}
         for link in self.links.get(info.name, ()):
-            whole = link.box is None and link.offset is None
-            own = self._own(link.tensor) if whole else None
+            own = self._own(link.tensor) if link.is_whole else None
             name = self.architecture.output_names.get((info.name, link.tensor), info.name)
             parts = self.parts.get((info.name, link.tensor), ())
             found[name] = (own, (*found.get(name, (None, ()))[1], *parts))
@@ -765,8 +764,7 @@ def _part(
     """
     full: Box = ((0, size[0]), (0, size[1]), (0, size[2]))
     swapped = transposed != (update.swapped != target.swapped)
-    plain = update.box is None and update.offset is None
-    if plain and target.box is None and target.offset is None:
+    if update.is_whole and target.is_whole:
         return Part(path, transposed=swapped), math.prod(size)
     region = _common(update.box or full, target.box or full)
     if region is None:

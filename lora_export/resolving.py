@@ -367,7 +367,7 @@ _LAYER = re.compile(r"(?P<head>.*?(?:^|\.)(?:layers|layer|h)\.)(?P<index>\d+)(?P
 
 def _copied(link: Link) -> str:
     """Return the name of a copy: the model's, or the stored one with the index of its layer."""
-    if link.box is None and link.offset is None:
+    if link.is_whole:
         return link.tensor
     stored, tensor = _LAYER.fullmatch(link.stored), _LAYER.fullmatch(link.tensor)
     if stored is None or tensor is None:
