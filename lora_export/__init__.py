@@ -49,9 +49,9 @@ if TYPE_CHECKING:
     from lora_export.injection import heads as heads
     from lora_export.injection import inject as inject
     from lora_export.injection import trainable_parameters as trainable_parameters
+    from lora_export.live import merge as merge
     from lora_export.lora import LoraConv1D as LoraConv1D
     from lora_export.lora import LoraLinear as LoraLinear
-    from lora_export.merging import merge as merge
     from lora_export.pipeline import run as run
     from lora_export.records import Adapter as Adapter
     from lora_export.records import BaseRef as BaseRef
@@ -70,7 +70,7 @@ _HOMES = {
     "read_adapter": "adapter",
     "attach": "injection",
     "detach": "injection",
-    "merge": "merging",
+    "merge": "live",
     "run": "pipeline",
     "Adapter": "records",
     "BaseRef": "records",

@@ -88,6 +88,19 @@ class Architecture:
         return found
 
 
+@dataclass(frozen=True)
+class Target:
+    """The model to merge into: what is known of it, and how it differs from the base."""
+
+    adapter: Adapter
+    architecture: Architecture
+    config: Any  # transformers' config; None where the checkpoint was read off
+    settings: Mapping[str, Any]  # fields of config.json that differ from the base's
+
+
+Again = Callable[[tuple[str, ...]], Adapter]  # reads the adapter with another order of parameters
+
+
 def first_in(peft_version: str, is_transposed: bool) -> bool | None:
     """Return whether PEFT took square fused experts as (experts, in, out); None for no version.
 
@@ -173,6 +186,68 @@ def read_off(
         links=tuple(Link(name, name) for name in checkpoint.tensors),
         names={name: (Link(name, name),) for name in names_of(adapter)},
     )
+
+
+def as_trained(
+    adapter: Adapter, checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> Target | None:
+    """Return the model that the adapter says it was trained in, or None where it does not say all.
+
+    The adapter names every tensor of that model. Each one has to be in the checkpoint, under its
+    own name or without the prefix that a model with a head puts before it, or to come with the
+    adapter; so nothing is left for the model to make up.
+    """
+    trained = adapter.base.tensors
+    plain = all(pair.is_plain for pair in adapter.modules.values()) and not adapter.rows
+    padding = config.get("pad_token_id")
+    if not trained or not plain or not adapter.base.architecture or type(padding) is not int:
+        return None
+    prefix = next(iter(trained)).partition(".")[0] + "."
+    links, layers = [], {}
+    for name, shape in trained.items():
+        stored = name if name in checkpoint.tensors else name.removeprefix(prefix)
+        info = checkpoint.tensors.get(stored)
+        if name in adapter.replaced:
+            fits = adapter.replaced[name].shape == shape
+        else:
+            fits = info is not None and info.shape == shape
+            links.append(Link(stored, name))
+        if not fits:
+            return None
+        if len(shape) == 2 and name.endswith(".weight"):
+            layers[name.removesuffix(".weight")] = Layer(LINEAR)
+    places = {link.tensor: link.stored for link in links}
+    votes = functools.cache(lambda start: _votes(start, checkpoint))
+    for path in adapter.modules:
+        own = places.get(f"{path}.weight")
+        shape = trained.get(f"{path}.weight", ())
+        # Tied weights have one shape, and both sides may be on disk.
+        alike = [n for n, other in trained.items() if other == shape and not _in_layer(n)]
+        if own is None or (not _in_layer(path) and len(alike) > 1):
+            return None
+        kind = _orientation(own.removesuffix(".weight"), checkpoint.tensors[own], checkpoint, votes)
+        if kind is None:
+            return None
+        layers[path] = Layer(kind)
+    settings: dict[str, Any] = {"architectures": [adapter.base.architecture]}
+    if adapter.labels:
+        settings["id2label"] = dict(enumerate(adapter.labels))
+        settings["label2id"] = {label: index for index, label in enumerate(adapter.labels)}
+    elif adapter.replaced:
+        return None
+    architecture = Architecture(
+        name=adapter.base.architecture,
+        shapes=dict(trained),
+        layers=layers,
+        links=tuple(links),
+        names={name: (Link(name, name),) for name in names_of(adapter)},
+        output_names={(link.stored, link.tensor): link.tensor for link in links},
+    )
+    return Target(adapter, architecture, None, {**settings, "pad_token_id": padding})
+
+
+def _in_layer(name: str) -> bool:
+    return re.search(r"\.\d+\.", name) is not None
 
 
 _HEADS = {

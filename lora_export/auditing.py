@@ -3,6 +3,9 @@
 The arithmetic is numpy in float64, written apart from the code that merges.
 """
 
+import math
+import random
+
 import numpy as np
 
 from lora_export import variants
@@ -19,21 +22,36 @@ from lora_export.records import (
     is_float,
 )
 from lora_export.rounding import ulp
-from lora_export.storage import Checkpoint, TensorInfo, dtype_name
+from lora_export.storage import DTYPE_BYTES, Checkpoint, TensorInfo, dtype_name
 
+SAMPLE = 2**24  # elements of all tensors, up to which a merge looks at every one
+_SHARE = 4  # of that is looked at where there are more
+_PLACES = 4  # to look at in a large tensor
+_SPAN = 2**18  # elements looked at at a time
 _NOISE = 2.0**-48  # of float64 sums of a few hundred products, in units of the largest weight
 _NOISE_OF_SVD = 2.0**-38
 
 
 def account(
-    plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint, merged: Checkpoint
+    plan: MergePlan,
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    merged: Checkpoint,
+    most: int | None = None,
 ) -> Account:
-    """Return where every tensor of adapter and base went, as found in the written files."""
+    """Return where every tensor of adapter and base went, as found in the written files.
+
+    Of copied tensors that together have more than `most` elements a sample is compared, in every
+    one.
+    """
     copies = plan.of(COPY)
+    sizes = {step.name: math.prod(step.shape) for step in copies}
+    of_each = _of_each(sum(sizes.values()), len(copies), most)
     damaged = {
         step.source or ""
         for step in copies
-        if step.name not in merged.tensors or not _is_copy(step, checkpoint, merged)
+        if step.name not in merged.tensors
+        or not _is_copy(step, checkpoint, merged, _looks(step.name, sizes[step.name], 1, of_each))
     }
     written = [step for step in plan.steps if step.name in merged.tensors]
     done = {module for step in written for module in step.modules}
@@ -74,14 +92,22 @@ def _twins(adapter: Adapter, placed: set[str]) -> set[str]:
     }
 
 
-def _is_copy(step: Step, checkpoint: Checkpoint, merged: Checkpoint) -> bool:
+def _is_copy(
+    step: Step, checkpoint: Checkpoint, merged: Checkpoint, looks: list[tuple[int, int]]
+) -> bool:
     """Whether the written tensor is the base's, or its value rounded once to the asked dtype."""
     source, written = checkpoint.tensors[str(step.source)], merged.tensors[step.name]
-    if written.dtype != step.dtype:
+    if written.dtype != step.dtype or source.shape != written.shape:
         return False
     if source.dtype == written.dtype:  # bit for bit, whatever the dtype
-        return source.shape == written.shape and source.read() == written.read()
-    return _holds(written, source.array())
+        size = DTYPE_BYTES[source.dtype]
+        return all(
+            source.read(start * size, stop * size) == written.read(start * size, stop * size)
+            for start, stop in looks
+        )
+    return all(
+        _are_nearest(written.part(*look), source.part(*look), written.dtype) for look in looks
+    )
 
 
 def _holds(info: TensorInfo, value: Array) -> bool:
@@ -90,38 +116,108 @@ def _holds(info: TensorInfo, value: Array) -> bool:
         return False
     if not is_float(value):
         return bool((info.array() == value).all())
+    return _are_nearest(info.array(), value, info.dtype)
+
+
+def _are_nearest(stored: Array, value: Array, dtype: str) -> bool:
     exact = value.astype(np.float64)
-    error = np.abs(info.array().astype(np.float64) - exact)
-    return bool((error <= 0.5 * ulp(exact, info.dtype)).all())
+    error = np.abs(stored.astype(np.float64) - exact)
+    return bool((error <= 0.5 * ulp(exact, dtype)).all())
+
+
+def _looks(name: str, size: int, unit: int, most: int | None) -> list[tuple[int, int]]:
+    """Return the spans of a tensor of `size` elements to look at, all of them multiples of `unit`.
+
+    Everything, or, where that is more than `most`, its beginning, its end and places between that
+    depend on the name alone.
+    """
+    if most is None or size <= most:
+        step = max(_SPAN // unit, 1) * unit
+        return [(start, min(start + step, size)) for start in range(0, size, step)]
+    length = max(most // _PLACES // unit, 1) * unit
+    random_ = random.Random(name)
+    starts = [random_.randrange(size // unit) * unit for _ in range(_PLACES - 2)]
+    spans = [(min(start, size - length), length) for start in (0, *sorted(starts), size - length)]
+    return [(max(start, 0), min(max(start, 0) + length, size)) for start, length in spans]
 
 
 def weights(
-    plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint, merged: Checkpoint
+    plan: MergePlan,
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    merged: Checkpoint,
+    most: int | None = None,
 ) -> tuple[WeightAudit, ...]:
-    """Return the audit of every merged tensor against its formula in float64."""
-    return tuple(
-        _audit(step, plan, adapter, checkpoint, merged) for step in plan.steps if step.parts
-    )
+    """Return the audit of every merged tensor against its formula in float64.
+
+    Of tensors that together have more than `most` elements a sample is looked at, in every one.
+    """
+    steps = [step for step in plan.steps if step.parts]
+    of_each = _of_each(sum(math.prod(step.shape) for step in steps), len(steps), most)
+    return tuple(_audit(step, plan, adapter, checkpoint, merged, of_each) for step in steps)
+
+
+def _of_each(total: int, count: int, most: int | None) -> int | None:
+    return None if most is None or total <= most else max(most // (_SHARE * max(count, 1)), 1)
 
 
 def _audit(
-    step: Step, plan: MergePlan, adapter: Adapter, checkpoint: Checkpoint, merged: Checkpoint
+    step: Step,
+    plan: MergePlan,
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    merged: Checkpoint,
+    most: int | None,
 ) -> WeightAudit:
-    if step.source is not None:
-        base = checkpoint.tensors[step.source].array().astype(np.float64)
-        kept = checkpoint.tensors[step.source].dtype
-    else:
-        own = adapter.replaced[str(step.placed)]
-        base, kept = own.astype(np.float64), dtype_name(own)
-    exact = base.copy()
-    for part in step.parts:
-        _apply(part, exact, base, plan, adapter, kept)
-    update = exact - base
+    size = math.prod(step.shape)
     info = merged.tensors.get(step.name)
     if info is None or (info.shape, info.dtype) != (step.shape, step.dtype):
-        return WeightAudit(step.name, exact.size, exact.size, float("inf"), exact.size, 1.0)
-    stored = info.array().astype(np.float64)
-    spacing = ulp(exact, info.dtype)
+        return WeightAudit(step.name, size, size, size, float("inf"), size, 1.0)
+    start: TensorInfo | Array
+    if step.source is not None:
+        start = checkpoint.tensors[step.source]
+        kept = start.dtype
+    else:
+        start = adapter.replaced[str(step.placed)]
+        kept = dtype_name(start)
+    pairs = [adapter.modules.get(part.module) for part in step.parts]
+    stacked = len(step.shape) == 3 and not any(pair and pair.kind == CONV for pair in pairs)
+    width = math.prod(step.shape[-1:] if stacked else step.shape[1:])
+    whole = any(_is_whole(part, plan, adapter) for part in step.parts)
+    looks = [(0, size)] if whole else _looks(step.name, size, width, most)
+    found = []
+    for look in looks:
+        own = (
+            start.part(*look) if isinstance(start, TensorInfo) else start.reshape(-1)[slice(*look)]
+        )
+        base = own.astype(np.float64).reshape(-1, width)
+        exact = base.copy()
+        for part in step.parts:
+            _apply(part, exact, base, look[0] // width, step, plan, adapter, kept)
+        found.append(_compared(info.part(*look).reshape(-1, width), exact, base, info.dtype, plan))
+    elements, misrounded, largest, unmoved, lost, moved = zip(*found, strict=True)
+    update = math.sqrt(sum(moved))
+    return WeightAudit(
+        tensor=step.name,
+        elements=sum(elements),
+        of=size,
+        misrounded=sum(misrounded),
+        largest_ulp=max(largest),
+        unmoved=sum(unmoved),
+        lost_share=math.sqrt(sum(lost)) / update if update else 0.0,
+    )
+
+
+def _compared(
+    written: Array, exact: Array, base: Array, dtype: str, plan: MergePlan
+) -> tuple[int, int, float, int, float, float]:
+    """Return elements, misrounded ones, largest error in ulp, unmoved ones, and two squares.
+
+    The squares are of the norm of what rounding took away, and of the update's.
+    """
+    stored = written.astype(np.float64)
+    update = exact - base
+    spacing = ulp(exact, dtype)
     error = np.abs(stored - exact) / spacing
     # Half an ulp is the most that one rounding can cost. The slack is float64's own error, which
     # the order of summation changes, and a decomposition much more.
@@ -129,56 +225,93 @@ def _audit(
     slack = noise * max(np.abs(base).max(initial=0), np.abs(exact).max(initial=0)) / spacing
     misrounded = ~(error <= 0.5 * (1 + 1e-6) + slack)
     unmoved = (stored == base) & (np.abs(update) > 0.5 * (1 + 1e-6) * spacing)
-    size = float(np.linalg.norm(update))
-    return WeightAudit(
-        tensor=step.name,
-        elements=int(stored.size),
-        misrounded=int(misrounded.sum()),
-        largest_ulp=float(error.max()) if np.isfinite(error).all() else float("inf"),
-        unmoved=int(unmoved.sum()),
-        lost_share=float(np.linalg.norm(stored - exact)) / size if size else 0.0,
+    return (
+        stored.size,
+        int(misrounded.sum()),
+        float(error.max(initial=0)) if np.isfinite(error).all() else float("inf"),
+        int(unmoved.sum()),
+        float(np.square(stored - exact).sum()),
+        float(np.square(update).sum()),
     )
 
 
+def _is_whole(part: Part, plan: MergePlan, adapter: Adapter) -> bool:
+    """Return whether the part's formula needs all rows at once."""
+    pair = adapter.modules.get(part.module)
+    if pair is None or part.what == BIAS:
+        return False
+    return variants.changes_base(plan.variant) or (part.transposed and pair.magnitude is not None)
+
+
 def _apply(
-    part: Part, exact: Array, base: Array, plan: MergePlan, adapter: Adapter, kept: str
+    part: Part,
+    exact: Array,
+    base: Array,
+    first: int,
+    step: Step,
+    plan: MergePlan,
+    adapter: Adapter,
+    kept: str,
 ) -> None:
-    """Write what `part` makes of `base` into `exact`, both float64."""
+    """Write what `part` makes of the rows `base`, from row `first` on, into `exact`."""
     if part.what == ROWS:
         rows = adapter.rows[part.module]
         for index, row in zip(rows.indices, rows.values, strict=True):
-            exact[index] = row.astype(np.float64)
+            if first <= index < first + len(exact):
+                exact[index - first] = row.astype(np.float64)
         return
     pair = adapter.modules[part.module]
     if part.what == BIAS:
         assert pair.bias is not None
-        exact += pair.scale * pair.bias.astype(np.float64)
+        exact[:, 0] += pair.scale * pair.bias.astype(np.float64)[first : first + len(exact)]
         return
+    stacked = len(step.shape) == 3 and pair.kind != CONV
+    height = step.shape[1] if stacked else step.shape[0]
     experts = pair.a.shape[0] if pair.kind == EXPERTS else 1
-    shape = base.shape if base.ndim == 3 and pair.kind != CONV else (1, len(base), -1)
-    old, new = base.reshape(shape), exact.reshape(shape)  # views: both are contiguous
     for expert in range(*(part.experts or (0, experts))):
-        target: tuple[int | slice, ...] = (expert if shape[0] != 1 else 0,)
+        offset = expert - (part.experts[0] if part.experts else 0)
+        place, span, columns = expert if stacked else 0, (0, height), slice(None)
         if part.box is not None:
-            (first, _), rows_of, columns = part.box
-            offset = expert - (part.experts[0] if part.experts else 0)
-            target = (first + offset, slice(*rows_of), slice(*columns))
-        weight = old[target].T if part.transposed else old[target]
-        merged = _formula(weight, pair, expert, part, plan.variant.split("+"), kept)
-        new[target] = merged.T if part.transposed else merged
+            (start, _), span, sides = part.box
+            place, columns = start + offset, slice(*sides)
+        top, bottom = place * height + span[0], place * height + span[1]
+        low, high = max(top, first), min(bottom, first + len(exact))
+        if low >= high:
+            continue
+        here, mine = slice(low - first, high - first), slice(low - top, high - top)
+        weight = base[here, columns].T if part.transposed else base[here, columns]
+        merged = _formula(weight, pair, expert, part, plan.variant.split("+"), kept, mine)
+        exact[here, columns] = merged.T if part.transposed else merged
 
 
 def _formula(
-    weight: Array, pair: Factors, expert: int, part: Part, names: list[str], kept: str
+    weight: Array,
+    pair: Factors,
+    expert: int,
+    part: Part,
+    names: list[str],
+    kept: str,
+    mine: slice,
 ) -> Array:
-    """Return the merged weight (out, in) by the formulas of the papers."""
+    """Return the merged weight (out, in) by the formulas of the papers.
+
+    `weight` is the stored rows `mine` of the region: some of its outputs, or, where it is stored
+    transposed, of its inputs.
+    """
     a = pair.a[expert] if pair.kind == EXPERTS else pair.a.reshape(pair.rank, -1)
     b = pair.b[expert] if pair.kind == EXPERTS else pair.b.reshape(-1, pair.rank)
     wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
     if pair.diagonal is not None:
         wide_a = pair.diagonal.astype(np.float64)[:, None] * wide_a
+    wide_b, wide_a = (
+        wide_b[slice(*(part.outs or (None,)))],
+        wide_a[:, slice(*(part.ins or (None,)))],
+    )
+    if part.transposed:
+        wide_a = wide_a[:, mine]
+    else:
+        wide_b = wide_b[mine]
     delta = pair.scale * np.matmul(wide_b, wide_a)
-    delta = delta[slice(*(part.outs or (None,))), slice(*(part.ins or (None,)))]
     if pair.kind == LINEAR and {"pissa", "kasa", "olora"} & set(names):
         weight = _rounded(_before_training(weight, pair, names), kept)
     if pair.magnitude is None:
@@ -187,6 +320,7 @@ def _formula(
     total = weight + delta
     length = np.linalg.norm(total, axis=1)
     magnitude = pair.magnitude.astype(np.float64)[slice(*(part.outs or (None,)))]
+    magnitude = magnitude if part.transposed else magnitude[mine]
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = np.where(length > 0, magnitude / length, 0.0)
     scaled: Array = factor[:, None] * total

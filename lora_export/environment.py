@@ -8,10 +8,15 @@ from typing import Any
 
 PACKAGES = (
     "lora-export", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "safetensors",
-    "numpy",
+    "numpy", "blake3",
 )  # fmt: skip
 # Instruction sets that change what a kernel computes, or how fast.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe(threads: int) -> dict[str, Any]:

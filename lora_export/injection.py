@@ -16,8 +16,8 @@ from lora_export.config import ALL_LINEAR, TRAINABLE, LoraConfig, matches, neare
 from lora_export.errors import AdapterMismatch, InputError, listed
 from lora_export.lora import LoraLayer, layer_class, shape_of
 from lora_export.records import Adapter, Array, Factors, tensor_of, widened
-from lora_export.rounding import TORCH_DTYPES
 from lora_export.storage import fingerprint
+from lora_export.torch_rounding import TORCH_DTYPES
 
 _STATE = "_lora_export"
 # How transformers names the classes of a task, and PEFT the task.
@@ -198,8 +198,21 @@ def describe(model: nn.Module, **about: Any) -> Adapter:
     mark = fingerprint(
         (f"{path}.weight", *_bytes(layer.weight)) for path, layer in lora_layers(model).items()
     )
-    base = replace(adapter.base, architecture=architecture, fingerprint=mark)
+    base = replace(
+        adapter.base, architecture=architecture, fingerprint=mark, tensors=_tensors(model)
+    )
     return replace(adapter, base=base)
+
+
+def _tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the base's tensors, where no layer is hidden behind another."""
+    if any(recomputed.updates(model)):
+        return {}
+    return {
+        name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if name.rpartition(".")[2] not in ("lora_A", "lora_B")
+    }
 
 
 def _known(model: nn.Module) -> dict[str, Any]:

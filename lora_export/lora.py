@@ -15,7 +15,7 @@ from torch.nn import functional
 from lora_export import variants
 from lora_export.config import LoraConfig
 from lora_export.errors import InputError
-from lora_export.rounding import round_once
+from lora_export.torch_rounding import round_once
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -7,7 +7,7 @@ from lora_export.records import Evidence, Measurement
 
 def measure(evidence: Evidence) -> tuple[Measurement, ...]:
     """Return every number that a reader of the certificate would ask for."""
-    return (*_latencies(evidence), *_accuracies(evidence), *_sizes(evidence))
+    return (*evidence.measured, *_latencies(evidence), *_accuracies(evidence), *_sizes(evidence))
 
 
 def _latencies(evidence: Evidence) -> list[Measurement]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_export import storage
+from lora_export.companions import VOCABULARIES, has_tokenizer
 from lora_export.errors import AdapterMismatch, InputError, LoraExportError, listed
 from lora_export.records import Adapter, Signature, TensorSpec
 
@@ -30,11 +31,6 @@ _TASK_TABLES = {
 MOST_LAYERS = 1000
 MOST_LABELS = 1_000_000
 TASKS = tuple(_TASK_TABLES)
-
-VOCABULARIES = (
-    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
-    "tokenizer.model", "spm.model", "sentencepiece.model", "bpe.codes", "source.spm",
-)  # fmt: skip
 
 
 def architecture_of(adapter: Adapter, base: Path) -> str:
@@ -161,11 +157,6 @@ def embeddings(model: nn.Module) -> list[str]:
     return [
         f"{path}.weight" for path, module in model.named_modules() if any(module is e for e in ends)
     ]
-
-
-def has_tokenizer(base: Path) -> bool:
-    """Return whether the directory `base` holds a vocabulary."""
-    return any((base / name).is_file() for name in VOCABULARIES)
 
 
 def tokenizer(base: Path) -> Any:

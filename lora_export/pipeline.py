@@ -1,20 +1,19 @@
 """A run, top to bottom: open, plan, merge, export, record, time, judge, publish.
 
 The stages (`lora_export.stages`) act and record; the checks judge afterwards, from the recordings
-alone. Three commands, each a path through the same stages.
+alone. What needs no model, `merge` and `verify`, stands in `lora_export.merged_files`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lora_export import (
     checks,
     exporters,
     inputs,
-    merging,
+    loading,
+    merged_files,
     models,
     publishing,
     recomputed,
@@ -61,7 +60,7 @@ def run(
     Raises:
         InputError, AdapterMismatch, ExportFailed: nothing is left behind then.
     """
-    wanted = options_of(options)
+    wanted = Options(**options)
     out, source = Path(out), Path(data) if data is not None else None
     publishing.check_output(out, overwrite=overwrite, directory=True)
     texts, labels = inputs.read_texts(source)
@@ -86,7 +85,7 @@ def run(
         say("loading the unmerged model")  # what cannot run unmerged is known before the merge
         unmerged = stages.load_unmerged(job)
         say("merging")
-        merged = stages.merge_stage(job, folder / MERGED_FOLDER, f"{MERGED_FOLDER}/")
+        merged = merged_files.merge_stage(job, folder / MERGED_FOLDER, f"{MERGED_FOLDER}/")
         say("loading the merged model")
         subject = stages.load_subject(folder / MERGED_FOLDER)
         artifacts = {}
@@ -103,7 +102,7 @@ def run(
         evidence = Evidence(
             account=merged.account,
             weights=merged.weights,
-            modules=stages.modules_of(subject.model),
+            modules=loading.modules_of(subject.model),
             signature=subject.signature,
             artifacts=tuple(artifacts.values()),
             batches=batches,
@@ -119,86 +118,9 @@ def run(
                 f"{count} weights of the unmerged model have no LoRA layer and are computed anew "
                 "in every call: its latency is no measure of PEFT's"
             )
-        certificate = certify(evidence, checks.RUN, command, job.inputs(source), settings, threads)
+        given = job.inputs(source, merged.base)
+        certificate = certify(evidence, checks.RUN, command, given, settings, threads)
         return publish_evidence(evidence, certificate, folder)
-
-
-def merge_files(
-    adapter: str | Path,
-    *,
-    base: str | None = None,
-    out: str | Path = MERGED_FOLDER,
-    overwrite: bool = False,
-    command: str = "lora_export.merge_files",
-    say: Say = silent,
-    **options: Any,
-) -> Certificate:
-    """Merge an adapter into its base as a directory of plain weights, and audit every tensor.
-
-    `options` are fields of `opening.Options`.
-
-    Raises:
-        InputError, AdapterMismatch: nothing is left behind then.
-    """
-    out, wanted = Path(out), options_of(options)
-    publishing.check_output(out, overwrite=overwrite, directory=True)
-    say("reading adapter and base")
-    job = open_job(adapter, base, wanted)
-    publishing.check_output(out, overwrite=overwrite, directory=True, inputs=job.places())
-    with publishing.staged(out, overwrite=overwrite) as folder:
-        say("merging")
-        merged = stages.merge_stage(job, folder)
-        say("auditing")
-        evidence = Evidence(
-            account=merged.account,
-            weights=merged.weights,
-            modules=stages.merged_modules(job, folder),
-            files=merged.files,
-        )
-        threads = torch.get_num_threads()
-        return certify(evidence, checks.MERGE, command, job.inputs(), job.settings(), threads)
-
-
-def verify_merged(
-    folder: str | Path,
-    adapter: str | Path,
-    *,
-    base: str | None = None,
-    command: str = "lora_export.verify_merged",
-    say: Say = silent,
-    **options: Any,
-) -> Certificate:
-    """Derive the merge of `adapter` into its base again, and hold the files in `folder` against it.
-
-    Nothing is written. The options are those that the merge was made with, as it wrote them down;
-    `options` replace some of them.
-
-    Raises:
-        InputError: there is no merged model in `folder`, or adapter or base is damaged.
-        AdapterMismatch: adapter and base do not fit together.
-    """
-    folder = Path(folder)
-    if not (folder / merging.PROVENANCE).is_file():
-        raise InputError(f"{folder} was not written by `lora-export merge`")
-    say("reading adapter and base")
-    job = open_job(adapter, base, stages.recorded_options(folder, options))
-    say("deriving every tensor again")
-    record, recorded = stages.audit_stage(job, folder), stages.recorded_files(folder)
-    names = {file.name for file in recorded}
-    evidence = Evidence(
-        account=record.account,
-        weights=record.weights,
-        modules=stages.merged_modules(job, folder),
-        files=recorded,
-        files_now=tuple(f for f in record.files if f.name in names or merging.is_loaded(f.name)),
-    )
-    threads = torch.get_num_threads()
-    return certify(evidence, checks.VERIFY, command, job.inputs(), job.settings(), threads)
-
-
-def options_of(fields: Mapping[str, Any]) -> Options:
-    """Return the options in `fields`; raises `TypeError` for an unknown one."""
-    return Options(**fields)
 
 
 def export_file(
@@ -236,7 +158,7 @@ def export_file(
             for found in (exact, subject.runner(MERGED), runner)
         }
         evidence = Evidence(
-            modules=stages.modules_of(subject.model),
+            modules=loading.modules_of(subject.model),
             signature=subject.signature,
             artifacts=(artifact,),
             batches=batches,

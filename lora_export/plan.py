@@ -36,7 +36,7 @@ from lora_export.records import (
     tensor_of,
 )
 from lora_export.refusals import refused
-from lora_export.storage import Checkpoint, TensorInfo, dtype_name, fingerprint
+from lora_export.storage import DTYPE_BYTES, Checkpoint, TensorInfo, dtype_name, fingerprint
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 COPY, MERGE, PLACE = "copy", "merge", "place"
@@ -83,6 +83,11 @@ class Step:
     source: str | None = None  # name in the base
     placed: str | None = None  # name among the adapter's own tensors
     parts: tuple[Part, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor in the output."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -1,23 +1,39 @@
 """Write aside, then publish in one step: an output is what it was before, or complete.
 
-Everything that this package writes for its user goes through here.
+Everything that this package writes for its user goes through here. A run writes into a staging
+directory beside its output and holds a lock on it. The lock goes with the process, so that the
+next run can tell what a killed one left behind from what another one is writing right now.
 """
 
 import contextlib
+import ctypes
 import errno
+import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from lora_export.errors import InputError
 
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # no locks there: what a killed run left behind stays
+    fcntl = None
+
 STAGING = ".staging-"
+LOCK = "lock"
+REPLACED = "replaced"  # what stood where the output goes
 # A directory is replaced only where one of these says that we wrote it.
 MARKS = ("lora_export.json", "certificate.json")
 # What an exporter may leave beside its file; gone with the file that it belonged to.
 COMPANION = ".data"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_HERE = -100  # AT_FDCWD
+_EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
 
 
 def check_output(
@@ -52,52 +68,140 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a path beside `out` to write a file or directory to; rename it to `out` at the end.
+def staged(out: Path, *, overwrite: bool = False, resume: bool = False) -> Iterator[Path]:
+    """Give a path to write a file or directory to; bring it to `out` at the end.
 
-    When the block raises, what was written is removed and `out` is as it was, byte for byte.
-    Whatever else the block leaves beside the staged path is published too: the data file of an
-    ONNX graph. The data file of a replaced graph goes with it.
+    The path lies in a folder `files` of a staging directory beside `out`. When the block raises,
+    all of it is removed and `out` is as it was, byte for byte. Whatever else the block leaves in
+    `files` is published too: the data file of an ONNX graph. The data file of a replaced graph
+    goes with it. What a killed run left behind is removed first; with `resume` its staging
+    directory is used again, with what lies in it, and an interrupted run leaves its own.
 
     Raises:
         InputError: `out` exists and `overwrite` is false, its parent cannot be written, or the
             disk is full.
     """
-    refuse_existing(out, overwrite=overwrite)
     with _as_input_error(out):
         parent = out.parent.resolve()
-        staging = parent / f".{out.name}{STAGING}{secrets.token_hex(4)}"
         made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+        left = list(_left_behind(parent, out.name))
+    refuse_existing(out, overwrite=overwrite)
+    staging, lock, is_kept = None, None, False
     try:
         with _as_input_error(out):
-            staging.mkdir(parents=True)
+            parent.mkdir(parents=True, exist_ok=True)
+            staging, lock = left.pop() if left and resume else _new_staging(parent, out.name)
+            for other, its_lock in left:
+                _remove(other, its_lock)
+            files = staging / "files"
+            files.mkdir(exist_ok=True)
         try:
-            yield staging / out.name
+            yield files / out.name
         except OSError as error:
             if error.errno in _DISK_ERRORS:
                 raise InputError(f"cannot write {out}: {error.strerror}") from error
             raise
+        except (KeyboardInterrupt, SystemExit):
+            is_kept = resume
+            raise
         with _as_input_error(out):
-            _publish(staging, parent / out.name, overwrite=overwrite)
+            _sync(files)
+            _publish(files, parent / out.name, overwrite=overwrite)
+            _sync_folder(parent)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None and is_kept:
+            os.close(lock)
+        elif staging is not None and lock is not None:
+            _remove(staging, lock)
         _remove_empty(made)
 
 
-def _publish(staging: Path, out: Path, *, overwrite: bool) -> None:
-    """Move every entry of `staging` beside `out`, the one named like `out` last.
+def journal_of(path: Path) -> Path:
+    """Return where a run that got `path` from `staged` can write down how far it came."""
+    return path.parent.parent / "journal"
 
-    What stands there is put aside first, and put back where a move fails.
+
+# ---------------------------------------------------------------- staging directories
+
+
+def _new_staging(parent: Path, name: str) -> tuple[Path, int]:
+    """Make a staging directory; return it with the lock on it."""
+    while True:
+        staging = parent / f".{name}{STAGING}{secrets.token_hex(4)}"
+        staging.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # another run took it for a leftover
+            lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            if _locked(lock) and os.fstat(lock).st_nlink:
+                return staging, lock
+            os.close(lock)
+
+
+def _left_behind(parent: Path, name: str) -> Iterator[tuple[Path, int]]:
+    """Lock and return the staging directories of runs that are gone; put back what they moved."""
+    if fcntl is None or not parent.is_dir():
+        return
+    start = f".{name}{STAGING}"
+    for staging in sorted(parent.iterdir()):
+        if not staging.name.startswith(start) or not staging.is_dir():
+            continue
+        with contextlib.suppress(OSError):
+            staging.rmdir()  # killed before it had written anything
+            continue
+        try:
+            lock = os.open(staging / LOCK, os.O_RDWR)
+        except OSError:
+            continue  # not one of ours
+        if not _locked(lock):
+            os.close(lock)
+            continue
+        for replaced in (staging / REPLACED).glob("*"):
+            if not _exists(parent / replaced.name):  # killed between two renames
+                replaced.rename(parent / replaced.name)
+        yield staging, lock
+
+
+def _locked(lock: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove(staging: Path, lock: int) -> None:
+    """Remove a staging directory; its lock last, or others would not know it for one."""
+    for entry in staging.iterdir():
+        if entry.name != LOCK:
+            shutil.rmtree(entry, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (staging / LOCK).unlink()
+        staging.rmdir()
+    os.close(lock)
+
+
+# ---------------------------------------------------------------- one step
+
+
+def _publish(files: Path, out: Path, *, overwrite: bool) -> None:
+    """Move every entry of `files` beside `out`, the one named like `out` last.
+
+    One entry takes one step. Where it takes several, what stands there is put aside first, and
+    put back where a move fails.
     """
-    entries = sorted(staging.iterdir(), key=lambda entry: (entry.name == out.name, entry.name))
+    entries = sorted(files.iterdir(), key=lambda entry: (entry.name == out.name, entry.name))
     targets = [out.parent / entry.name for entry in entries]
     for target in targets:
         refuse_existing(target, overwrite=overwrite)
-    if len(entries) == 1 and not out.is_dir() and not _companion(out).exists():
-        entries[0].replace(out)  # a single file needs no instant without one
-        return
-    aside = staging / f"{STAGING}replaced"
-    aside.mkdir()
+    if len(entries) == 1 and not _exists(_companion(out)):
+        if not _exists(out) or not out.is_dir():
+            entries[0].replace(out)
+            return
+        if _exchange(entries[0], out):
+            return
+    aside = files.parent / REPLACED
+    aside.mkdir(exist_ok=True)
     replaced, placed = [], []
     try:
         for target in {*targets, _companion(out)} if overwrite else ():
@@ -113,6 +217,38 @@ def _publish(staging: Path, out: Path, *, overwrite: bool) -> None:
         for target in replaced:
             (aside / target.name).rename(target)
         raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; return whether this system and disk can."""
+    library = ctypes.CDLL(None)
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "linux" and hasattr(library, "renameat2"):
+        return bool(library.renameat2(_HERE, names[0], _HERE, names[1], _EXCHANGE) == 0)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        return bool(library.renamex_np(*names, _EXCHANGE) == 0)
+    return False
+
+
+def _sync(folder: Path) -> None:
+    """Wait until everything below `folder` is on the disk: a rename must not overtake it."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            handle = os.open(Path(place) / name, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        _sync_folder(Path(place))
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some systems cannot sync a directory
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _companion(out: Path) -> Path:

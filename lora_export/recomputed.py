@@ -18,7 +18,7 @@ from lora_export.architecture import first_in
 from lora_export.errors import AdapterMismatch
 from lora_export.records import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Array, Factors, widened
 from lora_export.refusals import refused
-from lora_export.rounding import round_once
+from lora_export.torch_rounding import round_once
 
 
 class Update(nn.Module):

@@ -102,6 +102,8 @@ class BaseRef:
     revision: str | None = None
     architecture: str | None = None  # transformers class name of the model with its head
     fingerprint: Fingerprint | None = None
+    # Names and shapes of all tensors of the model that the adapter was trained in
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def public_id(self) -> str | None:
@@ -185,7 +187,7 @@ class FileDigest:
 
     name: str
     size_bytes: int
-    sha256: str
+    digest: str  # the algorithm and the digest in hexadecimal: sha256:..., see storage.digest
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,8 @@ class WeightAudit:
     """
 
     tensor: str
-    elements: int
+    elements: int  # that were derived again: all, or a sample of a large tensor
+    of: int  # elements of the tensor
     misrounded: int
     largest_ulp: float
     unmoved: int  # elements whose update exceeds half an ulp, and which equal the base all the same
@@ -306,6 +309,7 @@ class Evidence:
     floor: str = "unmerged"  # the recording whose distance from the reference is the noise floor
     files: tuple[FileDigest, ...] = ()  # of the outputs, as they were when recorded
     files_now: tuple[FileDigest, ...] = ()  # of the same files, read again when judged
+    measured: tuple["Measurement", ...] = ()  # what the stages cost
 
 
 # Names of the recordings that every run makes; the others are named after their artifact's format.

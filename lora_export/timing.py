@@ -1,7 +1,6 @@
 """Latency as interleaved pairs: every runner once a round, in shuffled order."""
 
 import contextlib
-import os
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from lora_export.compare import median_interval, ratios
+from lora_export.environment import cores
 from lora_export.inputs import TIMED, made
 from lora_export.records import UNMERGED, Signature, Timing
 from lora_export.runners import Runner
@@ -21,15 +21,10 @@ HALF_WIDTH = 0.02
 MOST_SECONDS = 25.0  # for one shape, once the least rounds are done
 
 
-def threads() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def all_threads() -> Iterator[int]:
     """Let torch use every core of this process within the block; give their number."""
-    before, count = torch.get_num_threads(), threads()
+    before, count = torch.get_num_threads(), cores()
     torch.set_num_threads(count)
     try:
         yield count

@@ -328,7 +328,7 @@ def test_no_transformers_is_loaded_where_the_checkpoint_tells(llama, tmp_path):
 def test_what_is_merged_without_transformers_is_right(llama, tmp_path):
     from lora_export import pipeline
 
-    certificate = pipeline.merge_files(
+    certificate = merged_files.merge_files(
         llama / "adapter", base=str(llama / "base"), out=tmp_path / "merged"
     )
     assert certificate.ok

@@ -56,7 +56,7 @@ def edit_json(file, **changes):
 
 
 def test_the_unplanted_adapter_merges(peft_adapter, tmp_path):
-    assert pipeline.merge_files(peft_adapter, out=tmp_path / "merged").ok
+    assert merged_files.merge_files(peft_adapter, out=tmp_path / "merged").ok
 
 
 def test_an_unmerged_model_is_not_exported(tiny_base, classifier_of, fill, tmp_path):
@@ -146,7 +146,7 @@ def test_a_task_that_is_not_known_is_not_guessed(peft_adapter):
 
 
 def test_a_merge_that_was_altered_is_not_exported(adapter, tmp_path):
-    pipeline.merge_files(adapter, out=tmp_path / "merged")
+    merged_files.merge_files(adapter, out=tmp_path / "merged")
 
     def alter(arrays):
         arrays["classifier.weight"] = arrays["classifier.weight"] * 3
@@ -187,7 +187,7 @@ def test_a_head_of_any_size_keeps_its_labels_without_being_told(tiny_base, fill,
     model = transformers.BertForSequenceClassification.from_pretrained(tiny_base, id2label=names)
     inject(model, LoraConfig(modules_to_save=heads(model)))
     save_adapter(fill(model), tmp_path / "a.safetensors")
-    assert pipeline.merge_files(
+    assert merged_files.merge_files(
         tmp_path / "a.safetensors", base=str(tiny_base), out=tmp_path / "merged"
     ).ok
     assert transformers.AutoConfig.from_pretrained(tmp_path / "merged").id2label == names
@@ -293,7 +293,7 @@ def test_the_command_offers_the_dtypes_that_a_merge_knows():
 def test_a_neighbour_with_a_longer_suffix_is_no_part_of_an_artifact(adapter, tmp_path):
     from lora_export import exporters
 
-    pipeline.merge_files(adapter, out=tmp_path / "merged")
+    merged_files.merge_files(adapter, out=tmp_path / "merged")
     pipeline.export_file("torchscript", model=tmp_path / "merged", out=tmp_path / "model.pt")
     (tmp_path / "model.pt2").write_bytes(b"another artifact")
     files = exporters.describe("torchscript", tmp_path / "model.pt").files

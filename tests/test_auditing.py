@@ -18,7 +18,7 @@ from lora_export.storage import Checkpoint, NewTensor
 def merged(tiny_base, tiny_adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("audit")
     path, _ = tiny_adapter(folder, str(tiny_base))
-    pipeline.merge_files(path, out=folder / "merged")
+    merged_files.merge_files(path, out=folder / "merged")
     return open_job(path), Checkpoint.open(folder / "merged")
 
 
@@ -139,7 +139,7 @@ def test_an_adapter_module_that_was_left_over_fails(merged):
 def test_the_share_lost_in_rounding_grows_with_a_narrower_dtype(merged, tmp_path):
     job, written = merged
     fine = auditing.weights(job.plan, job.adapter, job.checkpoint, written)
-    pipeline.merge_files(job.source, out=tmp_path / "bf16", dtype="bfloat16")
+    merged_files.merge_files(job.source, out=tmp_path / "bf16", dtype="bfloat16")
     narrow = open_job(job.source, options=Options(dtype="bfloat16"))
     coarse = auditing.weights(
         narrow.plan, job.adapter, job.checkpoint, Checkpoint.open(tmp_path / "bf16")
@@ -166,7 +166,7 @@ def merge_of(bases, tmp_path):
         family, tensors, config = CASES[case]
         place = on_disk.peft_folder(tmp_path / "adapter", tensors, **config)
         base = str(bases(family))
-        assert pipeline.merge_files(place, base=base, out=tmp_path / "merged").ok
+        assert merged_files.merge_files(place, base=base, out=tmp_path / "merged").ok
         return open_job(place, base), tmp_path / "merged"
 
     return make

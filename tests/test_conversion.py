@@ -51,7 +51,7 @@ def made(bases, tmp_path):
         family, tensors, config = CASES[case]
         base = bases(family)
         adapter = on_disk.peft_folder(tmp_path / "adapter", tensors, **config)
-        certificate = pipeline.merge_files(adapter, base=str(base), out=tmp_path / "merged")
+        certificate = merged_files.merge_files(adapter, base=str(base), out=tmp_path / "merged")
         assert certificate.ok
         return family, base, adapter, load(family, tmp_path / "merged")
 
@@ -81,7 +81,7 @@ def test_peft_loads_what_was_converted_and_answers_the_same(made, tmp_path, case
 def test_what_was_converted_merges_to_the_same_bytes(made, tmp_path, case, to):
     _, base, adapter, _ = made(case)
     convert(adapter, tmp_path / "out", format=to)
-    pipeline.merge_files(tmp_path / "out", base=str(base), out=tmp_path / "again")
+    merged_files.merge_files(tmp_path / "out", base=str(base), out=tmp_path / "again")
     for file in sorted((tmp_path / "merged").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 

@@ -16,7 +16,7 @@ from lora_export.records import Artifact
 def subject(tiny_base, tiny_adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     path, _ = tiny_adapter(folder, str(tiny_base))
-    pipeline.merge_files(path, out=folder / "merged")
+    merged_files.merge_files(path, out=folder / "merged")
     return stages.load_subject(folder / "merged")
 
 
@@ -108,7 +108,7 @@ def test_a_path_of_this_machine_would_be_found(exported, tmp_path):
 def test_a_lora_operator_would_be_found(tiny_base, tiny_adapter, tmp_path):
     """Exporting the unmerged model is the mistake that this looks for."""
     path, live = tiny_adapter(tmp_path, str(tiny_base))
-    pipeline.merge_files(path, out=tmp_path / "merged")
+    merged_files.merge_files(path, out=tmp_path / "merged")
     merged = stages.load_subject(tmp_path / "merged")
     unmerged = stages.Subject(merged.folder, live.eval(), merged.tokens, merged.signature)
     artifact = stages.export_stage("torchscript", unmerged, tmp_path)

@@ -1425,7 +1425,7 @@ def attempt(
     before = signal.signal(signal.SIGALRM, _ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        return pipeline.merge_files(adapter, base=str(base), out=out, **options)
+        return merged_files.merge_files(adapter, base=str(base), out=out, **options)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # of any kind: that is the question

@@ -9,13 +9,14 @@ import lora_export
 
 ROOT = Path(lora_export.__file__).parent
 ORDER = [
-    "errors", "refusals", "records", "registry", "storage", "architecture", "pickles",
-    "publishing", "config", "rounding", "variants", "lora", "recomputed", "injection",
+    "errors", "refusals", "records", "registry", "environment", "storage", "architecture",
+    "pickles", "publishing", "config", "rounding", "_kernel", "arithmetic", "variants",
+    "torch_rounding", "lora", "recomputed", "injection", "live",
     "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
-    "conversion",
-    "models", "resolving", "plan", "merging", "auditing", "compare", "runners", "inputs",
-    "exporters", "timing", "checks", "measurements", "environment", "codec", "report", "judging",
-    "opening", "inspection", "stages", "pipeline", "cli", "__main__",
+    "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
+    "models", "resolving", "fitting", "loading", "compare", "runners", "inputs",
+    "exporters", "timing", "checks", "measurements", "codec", "report", "judging",
+    "opening", "inspection", "merged_files", "stages", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {

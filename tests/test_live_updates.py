@@ -30,7 +30,9 @@ def made(bases, tmp_path):
     def make(case):
         family, tensors, config = CASES[case]
         place = on_disk.peft_folder(tmp_path / "adapter", tensors, **config)
-        certificate = pipeline.merge_files(place, base=str(bases(family)), out=tmp_path / "merged")
+        certificate = merged_files.merge_files(
+            place, base=str(bases(family)), out=tmp_path / "merged"
+        )
         assert certificate.ok
         live = load(family, bases(family))
         load_adapter(live, place)

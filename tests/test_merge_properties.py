@@ -64,7 +64,7 @@ def merged(place, base, tensors, config, shards=None):
     if shards is not None:
         cut(place / "base", base, shards)
     on_disk.peft_folder(place / "adapter", tensors, **config)
-    certificate = pipeline.merge_files(
+    certificate = merged_files.merge_files(
         place / "adapter", base=str(place / "base"), out=place / "merged"
     )
     assert certificate.ok, [v for v in certificate.verdicts if not v.passed]

@@ -51,7 +51,7 @@ def adapter(folder, tensors=None, **config):
 
 def merged(folder, place, base, **options):
     """Merge; return the model that transformers loads, as arrays, and the certificate."""
-    certificate = pipeline.merge_files(place, base=str(base), out=folder / "merged", **options)
+    certificate = merged_files.merge_files(place, base=str(base), out=folder / "merged", **options)
     assert certificate.ok
     kind = transformers.LlamaForCausalLM
     model, report = kind.from_pretrained(folder / "merged", output_loading_info=True)
@@ -111,7 +111,9 @@ def test_what_a_reader_and_a_plan_are_told_is_what_the_caller_said():
 
 def test_an_option_with_a_wrong_name_is_a_mistake_of_the_program(base, tmp_path):
     with pytest.raises(TypeError, match="colour"):
-        pipeline.merge_files(adapter(tmp_path), base=str(base), out=tmp_path / "m", colour="red")
+        merged_files.merge_files(
+            adapter(tmp_path), base=str(base), out=tmp_path / "m", colour="red"
+        )
 
 
 # ---------------------------------------------------------------- opening
@@ -264,7 +266,7 @@ def test_tables_of_two_lengths_are_refused(base, tmp_path):
 def test_one_longer_table_without_the_other_is_refused_before_anything_is_written(base, tmp_path):
     place = adapter(tmp_path, tables(22, head=False))
     with pytest.raises(AdapterMismatch):
-        pipeline.merge_files(place, base=str(base), out=tmp_path / "merged")
+        merged_files.merge_files(place, base=str(base), out=tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -426,7 +428,7 @@ def test_lists_of_one_entry_for_each_layer_are_replicated_with_them(tmp_path):
     model = transformers.Qwen2ForCausalLM(config)
     model.save_pretrained(tmp_path / "base")
     place = adapter(tmp_path, layer_replication=[[1, 3], [1, 2]], task_type="CAUSAL_LM")
-    pipeline.merge_files(place, base=str(tmp_path / "base"), out=tmp_path / "merged")
+    merged_files.merge_files(place, base=str(tmp_path / "base"), out=tmp_path / "merged")
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert written["layer_types"] == [kinds[1], kinds[2], kinds[1]]
     assert written["num_hidden_layers"] == 3

@@ -134,7 +134,7 @@ def test_the_reference_merges_and_answers_as_peft_does(tmp_path, architecture, v
 
 
 def merge(made, out, base=None, **options):
-    certificate = pipeline.merge_files(
+    certificate = merged_files.merge_files(
         made.adapter, base=str(base or made.base), out=out, **options
     )
     assert certificate.ok

@@ -34,7 +34,7 @@ def base_of(place):
 
 
 def merge(place, out):
-    certificate = pipeline.merge_files(place, base=str(base_of(place)), out=out)
+    certificate = merged_files.merge_files(place, base=str(base_of(place)), out=out)
     assert certificate.ok, [v for v in certificate.verdicts if not v.passed]
     return certificate
 
@@ -98,7 +98,7 @@ def test_the_answers_would_show_a_lost_update(tmp_path, place):
     tensors = safetensors.numpy.load_file(place / "adapter_model.safetensors")
     zeroed = {n: np.zeros_like(v) if "_B" in n else v for n, v in tensors.items()}
     safetensors.numpy.save_file(zeroed, adapter / "adapter_model.safetensors")
-    pipeline.merge_files(adapter, base=str(base_of(place)), out=tmp_path / "merged")
+    merged_files.merge_files(adapter, base=str(base_of(place)), out=tmp_path / "merged")
     assert np.abs(answer(tmp_path / "merged") - stored_answer(place)).max() > 1000 * TOLERANCE
 
 

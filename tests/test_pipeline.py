@@ -135,7 +135,7 @@ def test_an_artifact_of_another_adapter_fails(finished, tiny_base, tiny_adapter,
     """The exported file is right in itself, and not the one that this adapter makes."""
     folder, _, _ = finished
     other, _ = tiny_adapter(tmp_path, str(tiny_base), seed=5)
-    pipeline.merge_files(other, out=tmp_path / "merged")
+    merged_files.merge_files(other, out=tmp_path / "merged")
     subject = stages.load_subject(tmp_path / "merged")
     artifact = stages.export_stage("torchscript", subject, tmp_path)
     evidence = codec.load(Evidence, folder / "evidence", "evidence")
@@ -288,7 +288,7 @@ def test_an_untrained_adapter_is_merged_with_a_note_and_not_run(finished, tiny_b
     path = tmp_path / "a.safetensors"
     path.write_bytes((finished[0].parent / "sst2.safetensors").read_bytes())
     edit_tensors(path, lambda arrays: [arrays[n].fill(0) for n in arrays if "lora_B" in n])
-    certificate = pipeline.merge_files(path, out=tmp_path / "merged")
+    certificate = merged_files.merge_files(path, out=tmp_path / "merged")
     assert certificate.ok
     assert any("the adapter is untrained" in note for note in certificate.settings["notes"])
     with pytest.raises(InputError, match="is untrained: all 13 low-rank updates are zero"):
@@ -326,7 +326,7 @@ def test_a_full_disk_is_an_input_error_and_leaves_nothing(finished, monkeypatch,
 
     monkeypatch.setattr(storage, "write_safetensors", full)
     with pytest.raises(InputError, match="No space left on device"):
-        pipeline.merge_files(finished[0].parent / "sst2.safetensors", out=tmp_path / "merged")
+        merged_files.merge_files(finished[0].parent / "sst2.safetensors", out=tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -336,5 +336,5 @@ def test_an_interrupted_merge_leaves_nothing(finished, monkeypatch, tmp_path):
 
     monkeypatch.setattr(storage, "write_safetensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.merge_files(finished[0].parent / "sst2.safetensors", out=tmp_path / "merged")
+        merged_files.merge_files(finished[0].parent / "sst2.safetensors", out=tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []

@@ -131,7 +131,7 @@ def test_another_family_trains_and_merges(train, tiny, tiny_base, tmp_path):
     adapter = read_adapter(path)
     assert len(adapter.modules) == 4
     assert {name.split(".")[0] for name in adapter.replaced} == {"pre_classifier", "classifier"}
-    assert pipeline.merge_files(path, base=str(base), out=tmp_path / "merged").ok
+    assert merged_files.merge_files(path, base=str(base), out=tmp_path / "merged").ok
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert isinstance(plain, transformers.DistilBertForSequenceClassification)
     assert torch.isfinite(plain.classifier.weight).all()

@@ -43,7 +43,7 @@ def test_attached_merged_and_detached_it_answers_as_it_should(tmp_path, architec
     model = unmerged(made)
     limit = 5e-5 if made.variant.loose else 2e-5
     assert distance(peft_made.answer(model, made.inputs), made.logits) < limit
-    merged = merging.merge(model)
+    merged = live.merge(model)
     assert distance(peft_made.answer(merged, made.inputs), made.logits) < limit
     assert not any(isinstance(m, LoraLayer | recomputed.Update) for m in merged.modules())
     with idle(model):

@@ -533,7 +533,9 @@ def test_an_adapter_of_fused_experts_merges_into_either_layout(tmp_path, family,
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
         target_modules=[],
     )
-    certificate = pipeline.merge_files(adapter, base=str(tmp_path / "base"), out=tmp_path / "out")
+    certificate = merged_files.merge_files(
+        adapter, base=str(tmp_path / "base"), out=tmp_path / "out"
+    )
     assert certificate.ok
     before, after = states(family, tmp_path / "base", tmp_path / "out")
     updates = {f"{path}.gate_up_proj": delta(up), f"{path}.down_proj": delta(down)}
@@ -553,7 +555,9 @@ def test_an_adapter_of_single_experts_merges_into_either_layout(tmp_path, family
     }  # fmt: skip
     tensors = on_disk.keyed({path: (pair.a, pair.b) for path, pair in modules.items()})
     adapter = on_disk.peft_folder(tmp_path / "adapter", tensors, task_type="CAUSAL_LM")
-    certificate = pipeline.merge_files(adapter, base=str(tmp_path / "base"), out=tmp_path / "out")
+    certificate = merged_files.merge_files(
+        adapter, base=str(tmp_path / "base"), out=tmp_path / "out"
+    )
     assert certificate.ok
     before, after = states(family, tmp_path / "base", tmp_path / "out")
     one, two, three = (delta(pair)[0] for pair in modules.values())
@@ -584,7 +588,9 @@ def test_old_and_new_names_of_vit_meet(tmp_path, stored, named):
     adapter = on_disk.peft_folder(
         tmp_path / "adapter", on_disk.keyed({named: (update.a, update.b)})
     )
-    certificate = pipeline.merge_files(adapter, base=str(tmp_path / "base"), out=tmp_path / "out")
+    certificate = merged_files.merge_files(
+        adapter, base=str(tmp_path / "base"), out=tmp_path / "out"
+    )
     assert certificate.ok
     before, after = states("ViTForImageClassification", tmp_path / "base", tmp_path / "out")
     holds(before, after, {f"{NEW_VIT}.weight": delta(update)[0]})
@@ -597,7 +603,9 @@ def test_a_headless_base_gets_the_models_prefix_under_a_head(tmp_path):
     tensors = on_disk.keyed({path: (update.a, update.b)})
     tensors |= {on_disk.PREFIX + "score.weight": head}
     adapter = on_disk.peft_folder(tmp_path / "adapter", tensors, task_type="SEQ_CLS")
-    certificate = pipeline.merge_files(adapter, base=str(tmp_path / "base"), out=tmp_path / "out")
+    certificate = merged_files.merge_files(
+        adapter, base=str(tmp_path / "base"), out=tmp_path / "out"
+    )
     assert certificate.ok
     (after,) = states("LlamaForSequenceClassification", tmp_path / "out")
     before = {f"model.{n}": v for n, v in on_disk.arrays(tmp_path / "base").items()}
@@ -614,7 +622,9 @@ def test_an_adapter_of_the_headless_model_finds_its_modules_under_a_head(tmp_pat
     update = factors(12, 8)
     tensors = on_disk.keyed({"layers.0.mlp.up_proj": (update.a, update.b)})
     adapter = on_disk.peft_folder(tmp_path / "adapter", tensors, task_type=task)
-    certificate = pipeline.merge_files(adapter, base=str(tmp_path / "base"), out=tmp_path / "out")
+    certificate = merged_files.merge_files(
+        adapter, base=str(tmp_path / "base"), out=tmp_path / "out"
+    )
     assert certificate.ok
     headless = task == "FEATURE_EXTRACTION"
     kind = "LlamaModel" if headless else "LlamaForCausalLM"
@@ -646,7 +656,9 @@ def test_gamma_and_beta_are_weight_and_bias_of_a_norm(tmp_path):
     tensors = on_disk.keyed({query: (update.a, update.b)})
     tensors |= {f"{on_disk.PREFIX}{norm}.bias": bias}
     adapter = on_disk.peft_folder(tmp_path / "adapter", tensors)
-    certificate = pipeline.merge_files(adapter, base=str(tmp_path / "base"), out=tmp_path / "out")
+    certificate = merged_files.merge_files(
+        adapter, base=str(tmp_path / "base"), out=tmp_path / "out"
+    )
     assert certificate.ok
     (after,) = states("BertForMaskedLM", tmp_path / "out")
     before = {n: v.detach().numpy() for n, v in model.state_dict().items()}

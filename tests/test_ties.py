@@ -60,7 +60,7 @@ def test_rows_go_into_both_copies_of_a_tied_weight(tmp_path, base):
     folder = base(torch.clone)
     wanted = adapted(folder, tmp_path / "a", trainable_token_indices={"embed_tokens": [1, 2]})
     out = tmp_path / "merged"
-    assert pipeline.merge_files(tmp_path / "a", base=str(folder), out=out).ok
+    assert merged_files.merge_files(tmp_path / "a", base=str(folder), out=out).ok
     tensors = load_file(out / "model.safetensors")
     assert torch.equal(tensors[EMBED], tensors[HEAD])
     assert float((answers(out) - wanted).abs().max()) < 1e-4
@@ -70,7 +70,7 @@ def test_an_update_of_both_sides_goes_into_both_copies(tmp_path, base):
     folder = base(torch.clone)
     adapted(folder, tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
     out = tmp_path / "merged"
-    assert pipeline.merge_files(tmp_path / "a", base=str(folder), out=out, tied="both").ok
+    assert merged_files.merge_files(tmp_path / "a", base=str(folder), out=out, tied="both").ok
     tensors = load_file(out / "model.safetensors")
     assert torch.equal(tensors[EMBED], tensors[HEAD])
 
@@ -79,7 +79,7 @@ def test_what_is_stored_twice_and_unlike_is_not_tied(tmp_path, base):
     folder = base(lambda weight: weight + 1)
     wanted = adapted(folder, tmp_path / "a", target_modules=["q_proj", "lm_head"])
     out = tmp_path / "merged"
-    assert pipeline.merge_files(tmp_path / "a", base=str(folder), out=out).ok
+    assert merged_files.merge_files(tmp_path / "a", base=str(folder), out=out).ok
     before, after = (load_file(f / "model.safetensors") for f in (folder, out))
     assert torch.equal(before[EMBED], after[EMBED])
     assert float((answers(out) - wanted).abs().max()) < 1e-4
@@ -100,20 +100,20 @@ def test_one_side_is_refused_and_right_when_untied(tmp_path, base, options, head
     folder = base(head)
     wanted = adapted(folder, tmp_path / "a", **options)
     with pytest.raises(AdapterMismatch, match="tied weights"):
-        pipeline.merge_files(tmp_path / "a", base=str(folder), out=tmp_path / "no")
+        merged_files.merge_files(tmp_path / "a", base=str(folder), out=tmp_path / "no")
     out = tmp_path / "merged"
-    assert pipeline.merge_files(tmp_path / "a", base=str(folder), out=out, tied="untie").ok
+    assert merged_files.merge_files(tmp_path / "a", base=str(folder), out=out, tied="untie").ok
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     assert float((answers(out) - wanted).abs().max()) < 1e-4
     # Later, without being told again how the merge was made.
-    assert pipeline.verify_merged(out, tmp_path / "a", base=str(folder)).ok
+    assert merged_files.verify_merged(out, tmp_path / "a", base=str(folder)).ok
 
 
 def test_rows_of_the_input_follow_to_the_output_when_untied(tmp_path, base):
     folder = base()
     wanted = adapted(folder, tmp_path / "a", trainable_token_indices={"embed_tokens": [1, 2]})
     out = tmp_path / "merged"
-    assert pipeline.merge_files(tmp_path / "a", base=str(folder), out=out, tied="untie").ok
+    assert merged_files.merge_files(tmp_path / "a", base=str(folder), out=out, tied="untie").ok
     assert float((answers(out) - wanted).abs().max()) < 1e-4
 
 
@@ -121,7 +121,9 @@ def test_two_updates_of_one_weight_are_not_added_up(tmp_path, base):
     folder = base()
     adapted(folder, tmp_path / "a", target_modules=["lm_head", "embed_tokens"])
     with pytest.raises(AdapterMismatch, match="at once"):
-        pipeline.merge_files(tmp_path / "a", base=str(folder), out=tmp_path / "merged", tied="both")
+        merged_files.merge_files(
+            tmp_path / "a", base=str(folder), out=tmp_path / "merged", tied="both"
+        )
 
 
 def test_both_levels_of_a_config_are_untied(tmp_path):

@@ -47,7 +47,7 @@ def grown(tmp_path):
 
 def merged(folder, tied):
     out = folder / "merged"
-    certificate = pipeline.merge_files(
+    certificate = merged_files.merge_files(
         folder / "adapter", base=str(folder / "base"), out=out, tied=tied
     )
     assert certificate.ok

@@ -130,7 +130,7 @@ def merged(adapter, base, **options):
 
 def merged_to(out, adapter, base, **options):
     """Merge into the directory `out`; return its tensors and the notes."""
-    certificate = pipeline.merge_files(adapter, base=str(base), out=out, **options)
+    certificate = merged_files.merge_files(adapter, base=str(base), out=out, **options)
     assert certificate.ok, [v for v in certificate.verdicts if not v.passed]
     transformers.AutoConfig.from_pretrained(out)
     return safetensors.numpy.load_file(out / "model.safetensors"), certificate.settings["notes"]
@@ -182,7 +182,7 @@ def refusal_of(folder, adapter, base, error=LoraExportError, **options):
     """Assert that merging is refused and writes nothing; return the message."""
     before = contents(folder)
     with pytest.raises(error) as caught:
-        pipeline.merge_files(adapter, base=base and str(base), out=folder / "merged", **options)
+        merged_files.merge_files(adapter, base=base and str(base), out=folder / "merged", **options)
     assert contents(folder) == before
     return str(caught.value)
 
@@ -869,7 +869,7 @@ def test_a_base_that_is_named_as_before_version_1_is_matched(headless, tmp_path)
     safetensors.numpy.save_file(tensors, base / "model.safetensors", {"format": "pt"})
     tensors = pairs(usual()) | with_prefix(head())
     adapter = write(tmp_path / "a", tensors, task_type="SEQ_CLS")
-    assert pipeline.merge_files(adapter, base=str(base), out=tmp_path / "merged").ok
+    assert merged_files.merge_files(adapter, base=str(base), out=tmp_path / "merged").ok
     _, report = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "merged", output_loading_info=True
     )

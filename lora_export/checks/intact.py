@@ -11,10 +11,10 @@ def judge(evidence: Evidence) -> list[Verdict]:
     """Fail on a file that is missing, new or of another digest than when it was recorded."""
     if not evidence.files:
         return [checks.not_run("intact", "files", "no file was recorded")]
-    then = {file.name: file.sha256 for file in evidence.files}
+    then = {file.name: file.digest for file in evidence.files}
     # An artifact carries its own digests, of the moment when it was exported.
-    exported = {file.name: file.sha256 for a in evidence.artifacts for file in a.files}
-    now = {file.name: file.sha256 for file in evidence.files_now}
+    exported = {file.name: file.digest for a in evidence.artifacts for file in a.files}
+    now = {file.name: file.digest for file in evidence.files_now}
     changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     changed |= {name for name, digest in exported.items() if then.get(name) != digest}
     note = listed("changed since", changed) if changed else "every file has its recorded digest"

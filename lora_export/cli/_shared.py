@@ -130,28 +130,69 @@ def _without_folder(word: str) -> str:
     return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
+class Progress:
+    """The stages of a command on stderr: each with its duration, the present one with a bar."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            SpinnerColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as Bar
+
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        stage = (SpinnerColumn(), TextColumn("{task.description}"))
+        bytes_ = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self.stages = Bar(*stage, console=self.console, transient=True)
+        self.bytes = Bar(*stage, *bytes_, console=self.console, transient=True)
+        self.shown: Any = None
+        self.name, self.start = "", 0.0
+
+    def __call__(self, stage: str) -> None:
+        """Say that `stage` begins."""
+        self.end()
+        self.name, self.start = stage, time.monotonic()
+        self._show(self.stages, None)
+
+    def advance(self, done: int, total: int) -> None:
+        """Say how many bytes of the present stage are done."""
+        if self.shown is not self.bytes:
+            self._show(self.bytes, total)
+        self.bytes.update(self.task, completed=done)
+
+    def end(self) -> None:
+        """Say that the present stage is done."""
+        self._hide()
+        if self.name:
+            self.console.print(f"[dim]{time.monotonic() - self.start:6.1f} s[/dim]  {self.name}")
+        self.name = ""
+
+    def _show(self, bar: Any, total: int | None) -> None:
+        self._hide()
+        self.shown, self.task = bar, bar.add_task(self.name, total=total)
+        bar.start()
+
+    def _hide(self) -> None:
+        if self.shown is not None:
+            self.shown.remove_task(self.task)
+            self.shown.stop()
+        self.shown = None
+
+
 @contextmanager
-def progress(*, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Give a function that names the stage that begins; shown on stderr with its duration."""
-    from rich.console import Console
-
-    console = Console(stderr=True, quiet=quiet, highlight=False)
-    stages: list[tuple[str, float]] = []
-
-    def done() -> None:
-        if stages:
-            name, start = stages.pop()
-            console.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim]  {name}")
-
-    with console.status("starting") as status:
-
-        def say(stage: str) -> None:
-            done()
-            stages.append((stage, time.monotonic()))
-            status.update(stage)
-
-        yield say
-        done()
+def progress(*, quiet: bool) -> Iterator[Progress]:
+    """Give a `Progress`: called with a name it says that a stage begins."""
+    shown = Progress(quiet=quiet)
+    try:
+        yield shown
+        shown.end()
+    finally:
+        shown._hide()
 
 
 def finish(certificate: "Certificate", *, as_json: bool, written: Path) -> int:

@@ -20,6 +20,16 @@ from lora_export.cli import _shared
 )
 @_shared.dtype_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option(
+    "--shard-size",
+    help="Cut the weights into shards of at most this size, such as 5GB. "
+    "Default: the base's shards.",
+)
+@click.option("--with-code", is_flag=True, help="Take Python files of the base along.")
+@click.option("--resume", is_flag=True, help="Go on where a killed run of the same job came to.")
+@click.option(
+    "--full-audit", is_flag=True, help="Derive every element again, of a large model too."
+)
 @_shared.merge_options
 @_shared.overwrite_option
 @_shared.json_option
@@ -32,6 +42,8 @@ def command(
     base: str | None,
     out: Path,
     dry_run: bool,
+    resume: bool,
+    full_audit: bool,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -44,20 +56,22 @@ def command(
     lora-export merge --adapter adapter_dir --base ./llama --out merged --dtype bfloat16
     """
     with _shared.progress(quiet=quiet) as say:
-        say("loading torch")
-        from lora_export import opening, pipeline
+        from lora_export import merged_files, opening
 
         if dry_run:
             say("planning")
             job = opening.open_job(adapter, base, opening.Options(**options))
         else:
-            certificate = pipeline.merge_files(
+            certificate = merged_files.merge_files(
                 adapter,
                 base=base,
                 out=out,
                 overwrite=overwrite,
+                resume=resume,
+                full_audit=full_audit,
                 command=_shared.invoked(),
                 say=say,
+                advance=say.advance,
                 **options,
             )
     if dry_run:

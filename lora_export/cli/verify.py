@@ -35,11 +35,10 @@ def command(
     lora-export verify merged --adapter sst2.safetensors
     """
     with _shared.progress(quiet=quiet) as say:
-        say("loading torch")
-        from lora_export import opening, pipeline
+        from lora_export import merged_files, opening
 
         given = opening.Options(**options).stated()
-        certificate = pipeline.verify_merged(
+        certificate = merged_files.verify_merged(
             merged, adapter, base=base, command=_shared.invoked(), say=say, **given
         )
     ctx.exit(_shared.finish(certificate, as_json=as_json, written=merged))

@@ -84,10 +84,13 @@ def _base(fields: Mapping[str, Any], path: Path) -> BaseRef:
     try:
         known = dict(fields)
         mark = known.pop("fingerprint", None)
+        tensors = {name: tuple(shape) for name, shape in known.pop("tensors", {}).items()}
+        if not all(type(n) is int and n >= 0 for shape in tensors.values() for n in shape):
+            raise TypeError("expected shapes")
         found = Fingerprint(**mark) if mark else None
         texts = [*known.values(), *((found.sha256, found.dtype) if found else ())]
         if not all(isinstance(text, str | None) for text in texts):
             raise TypeError("expected texts")
-        return BaseRef(**known, fingerprint=found)
-    except TypeError as error:
+        return BaseRef(**known, fingerprint=found, tensors=tensors)
+    except (TypeError, AttributeError) as error:
         raise InputError(f"{path}: metadata {_KEY}base is damaged: {error}") from error

@@ -28,7 +28,7 @@ def render(certificate: Certificate) -> str:
         for m in certificate.measurements
     ]
     files = [
-        (side, f.name, f"{f.size_bytes:,}", f"`{f.sha256}`")
+        (side, f.name, f"{f.size_bytes:,}", f"`{f.digest}`")
         for side, group in (("in", certificate.inputs), ("out", certificate.outputs))
         for f in group
     ]
@@ -39,7 +39,7 @@ def render(certificate: Certificate) -> str:
         f"`{certificate.command}`",
         _table(("check", "subject", "verdict", "measured", "limit", "compared", "note"), verdicts),
         _table(("measurement", "subject", "value", "samples"), measured),
-        _table(("", "file", "bytes", "sha256"), files),
+        _table(("", "file", "bytes", "digest"), files),
         _table(("setting", "value"), [(k, str(v)) for k, v in facts.items()]),
     ]
     return "\n\n".join(parts) + "\n"

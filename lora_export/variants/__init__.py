@@ -4,11 +4,12 @@ An adapter's variant is one name or several joined by "+": `rslora+dora`. A file
 more of these functions; where two provide the same one, the later name wins:
 
     scaling(alpha, rank) -> float            the factor s in front of B A
-    base(weight, scale, rank) -> Tensor      what training made of the base's weight beforehand
-    merged(weight, delta, magnitude) -> Tensor   the merged weight
+    base(weight, scale, rank)                what training made of the base's weight beforehand
+    merged(weight, delta, magnitude)         the merged weight
 
-Weights are float64 tensors of shape (out, in), or (experts, out, in); delta = s B A has the same
-shape, and magnitude is (out,) or None. Embeddings come as (dim, vocab), kernels flattened to
+Weights are float64, numpy arrays or torch tensors alike, of shape (out, in), or
+(experts, out, in); delta = s B A has the same shape, and magnitude is (out,) or None. `merged` goes
+row by row. Embeddings come as (dim, vocab), kernels flattened to
 (out, in * kernel). Rounding to the base's dtype is the caller's, once.
 
 What has no equation of its own has no file: biases and heads are stored whole, an embedding, a
@@ -17,6 +18,8 @@ convolution or fused experts are the same equations in another layout (see `layo
 
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from lora_export import registry
 from lora_export.errors import InputError
@@ -61,6 +64,15 @@ def changes_base(variant: str) -> bool:
 def merged(variant: str, weight: Any, delta: Any, magnitude: Any = None) -> Any:
     """Return the merged weight of `variant`."""
     return _find(variant, "merged")(weight, delta, magnitude)
+
+
+def linalg_of(weight: Any) -> Any:
+    """Return the linear algebra of numpy or of torch, whichever `weight` belongs to."""
+    if isinstance(weight, np.ndarray):
+        return np.linalg
+    import torch
+
+    return torch.linalg
 
 
 def _find(variant: str, function: str) -> Callable[..., Any]:

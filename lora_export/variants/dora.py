@@ -1,12 +1,9 @@
 """DoRA: m (W + s B A) / ||W + s B A||, norms over rows. Source: arXiv:2402.09353, equation 5."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # scales are read without loading torch
-    from torch import Tensor
+from typing import Any
 
 
-def merged(weight: "Tensor", delta: "Tensor", magnitude: "Tensor | None" = None) -> "Tensor":
+def merged(weight: Any, delta: Any, magnitude: Any = None) -> Any:
     """Return the rows of weight + delta, each scaled to the length that `magnitude` (out,) says.
 
     A row of zeros has no direction and stays zero. (PEFT divides by its length, which is NaN.)

@@ -1,9 +1,6 @@
 """LoRA: W + (alpha / rank) B A. Source: arXiv:2106.09685, section 4.1."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # scales are read without loading torch
-    from torch import Tensor
+from typing import Any
 
 
 def scaling(alpha: float, rank: int) -> float:
@@ -11,11 +8,11 @@ def scaling(alpha: float, rank: int) -> float:
     return alpha / rank
 
 
-def base(weight: "Tensor", scale: float, rank: int) -> "Tensor":
+def base(weight: Any, scale: float, rank: int) -> Any:
     """Return weight as it is: training began with the base itself."""
     return weight
 
 
-def merged(weight: "Tensor", delta: "Tensor", magnitude: "Tensor | None" = None) -> "Tensor":
+def merged(weight: Any, delta: Any, magnitude: Any = None) -> Any:
     """Return weight + delta."""
     return weight + delta

@@ -1,15 +1,11 @@
 """OLoRA: training began with W - s Q_r R_r of the QR decomposition. Source: arXiv:2406.01775, 3."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:  # scales are read without loading torch
-    from torch import Tensor
+from lora_export.variants import linalg_of
 
 
-def base(weight: "Tensor", scale: float, rank: int) -> "Tensor":
+def base(weight: Any, scale: float, rank: int) -> Any:
     """Return `weight` (out, in) without scale times the first `rank` parts of its QR."""
-    import torch
-
-    q, r = torch.linalg.qr(weight)
-    result: Tensor = weight - scale * (q[..., :rank] @ r[..., :rank, :])
-    return result
+    q, r = linalg_of(weight).qr(weight)
+    return weight - scale * (q[..., :rank] @ r[..., :rank, :])

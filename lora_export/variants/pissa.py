@@ -4,16 +4,12 @@ The initial pair is B0 A0 = U_r S_r V_r, whatever the scale, so the adapter's up
 the residual W - U_r S_r V_r. Of a float64 decomposition; PEFT's own is in float32.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:  # scales are read without loading torch
-    from torch import Tensor
+from lora_export.variants import linalg_of
 
 
-def base(weight: "Tensor", scale: float, rank: int) -> "Tensor":
+def base(weight: Any, scale: float, rank: int) -> Any:
     """Return the residual of `weight` (out, in): all but its `rank` largest singular parts."""
-    import torch
-
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    result: Tensor = weight - (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
-    return result
+    u, s, v = linalg_of(weight).svd(weight, full_matrices=False)
+    return weight - (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]

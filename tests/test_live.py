@@ -10,7 +10,7 @@ from lora_export import LoraConfig, heads, inject, pipeline, save_adapter, stora
 from lora_export.config import ALL_LINEAR
 from lora_export.errors import InputError
 from lora_export.injection import lora_layers
-from lora_export.merging import merge
+from lora_export.live import merge
 from lora_export.opening import open_job
 from lora_export.records import BaseRef
 from lora_export.storage import Checkpoint
@@ -117,7 +117,7 @@ def test_a_value_that_is_not_finite_is_an_error_and_nothing_changes(tiny, fill):
 def from_files(tiny_base, tiny_adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("merge")
     path, model = tiny_adapter(folder, str(tiny_base))
-    certificate = pipeline.merge_files(path, out=folder / "merged")
+    certificate = merged_files.merge_files(path, out=folder / "merged")
     return folder / "merged", model, certificate
 
 
@@ -161,7 +161,7 @@ def test_files_and_memory_give_the_same_bits(from_files):
 
 def test_the_same_inputs_give_the_same_bytes(from_files, tmp_path):
     first = from_files[0]
-    pipeline.merge_files(first.parent / "sst2.safetensors", out=tmp_path / "again")
+    merged_files.merge_files(first.parent / "sst2.safetensors", out=tmp_path / "again")
     assert storage.digest_tree(tmp_path / "again") == storage.digest_tree(first)
 
 
@@ -179,7 +179,7 @@ def test_provenance_names_inputs_and_scale(from_files):
 )
 def test_another_dtype_is_rounded_once_from_float64(from_files, tmp_path, dtype, torch_dtype):
     adapter = from_files[0].parent / "sst2.safetensors"
-    certificate = pipeline.merge_files(adapter, out=tmp_path / "narrow", dtype=dtype)
+    certificate = merged_files.merge_files(adapter, out=tmp_path / "narrow", dtype=dtype)
     assert certificate.ok
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "narrow", dtype="auto"
@@ -192,7 +192,7 @@ def test_a_sharded_base_keeps_its_shards(tiny_base, tiny_adapter, logits, tmp_pa
     model = transformers.BertModel.from_pretrained(tiny_base)
     model.save_pretrained(base, max_shard_size="40KB")
     path, live = tiny_adapter(tmp_path, str(base))
-    assert pipeline.merge_files(path, out=tmp_path / "merged").ok
+    assert merged_files.merge_files(path, out=tmp_path / "merged").ok
     shards = sorted(file.name for file in base.glob("*.safetensors"))
     assert len(shards) > 1
     assert sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors")) == shards
@@ -206,7 +206,7 @@ def test_a_causal_model_merges_from_files(tiny, fill, logits, tmp_path, family):
     model = adapted(tiny, fill, family)
     base = BaseRef(id=str(tmp_path / "base"))
     save_adapter(model, tmp_path / "a.safetensors", base=base, task_type="CAUSAL_LM")
-    assert pipeline.merge_files(tmp_path / "a.safetensors", out=tmp_path / "merged").ok
+    assert merged_files.merge_files(tmp_path / "a.safetensors", out=tmp_path / "merged").ok
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(plain), logits(merge(model)))
 
@@ -236,7 +236,7 @@ def test_the_language_head_of_a_pretrained_base_is_dropped_with_a_reason(
     job = open_job(path)
     assert job.plan.dropped
     assert set(job.plan.dropped.values()) == {f"not a tensor of {classifier.__name__}"}
-    assert pipeline.merge_files(path, out=tmp_path / "merged").ok
+    assert merged_files.merge_files(path, out=tmp_path / "merged").ok
     plain, report = classifier.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(logits(plain), logits(merge(model)))
