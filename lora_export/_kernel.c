@@ -46,12 +46,15 @@ typedef uint64_t u64x8 __attribute__((vector_size(64)));
 #define BITS_BF16(x) (((u32x16)(x) + 0x8000u) >> 16)
 #define MOST_BF16 0x1.fep127f
 
-/* float16 by way of powers of two: exact for denormals, and without instructions of its own */
+/* float16 without instructions of its own, and without denormals of float32: a process may have
+ * switched those off. */
 #define READ_F16(at) \
     ({ u16x16 h; memcpy(&h, at, 32); \
-       u32x16 u = __builtin_convertvector(h, u32x16); \
-       f32x16 m = (f32x16)((u & 0x7fffu) << 13) * 0x1p112f; \
-       (f32x16)((u32x16)m | ((u & 0x8000u) << 16)); })
+       u32x16 u = __builtin_convertvector(h, u32x16), m = (u & 0x7fffu) << 13; \
+       u32x16 small = (u32x16)(m < 0x00800000u), special = (u32x16)(m >= 0x0f800000u); \
+       u32x16 normal = (m + 0x38000000u) | (special & 0x7f800000u); \
+       u32x16 denormal = (u32x16)((f32x16)(m + 0x38800000u) - 0x1p-14f); \
+       (f32x16)((normal & ~small) | (denormal & small) | ((u & 0x8000u) << 16)); })
 #define BITS_F16(x) \
     ({ u32x16 b = (u32x16)(x), sign = (b >> 16) & 0x8000u; \
        b &= 0x7fffffffu; \
@@ -137,9 +140,10 @@ typedef uint64_t u64x8 __attribute__((vector_size(64)));
                     WIDEV x = sum[i][v] + READ(weight + at); \
                     WIDEV size = (WIDEV)((BITSV)x & (~(BITSV){0} >> 1)); \
                     WIDEV e = size * (WIDE)(ULPS) + slack[r + i]; \
-                    STOREDV near = __builtin_convertvector(BITS(x), STOREDV); \
-                    memcpy(out + at, &near, sizeof near); \
-                    open[i][v] = (BITS(x + e) ^ BITS(x - e)) | (BITSV)~(size < MOST); \
+                    BITSV high = BITS(x + e); /* what x rounds to, where both ends agree */ \
+                    STOREDV stored = __builtin_convertvector(high, STOREDV); \
+                    memcpy(out + at, &stored, sizeof stored); \
+                    open[i][v] = (high ^ BITS(x - e)) | (BITSV)~(size < MOST); \
                     of_row[i] |= open[i][v]; \
                 } \
                 any |= of_row[i]; \
@@ -172,7 +176,9 @@ static uint32_t round_bf16(float x) { return (bits_of(x) + 0x8000u) >> 16; }
 
 static double read_f16(uint16_t h)
 {
-    double size = float_of((h & 0x7fffu) << 13) * 0x1p112f;
+    uint32_t m = (h & 0x7fffu) << 13;
+    float size = float_of((m + 0x38000000u) | (m < 0x0f800000u ? 0 : 0x7f800000u));
+    if (m < 0x00800000u) size = float_of(m + 0x38800000u) - 0x1p-14f;
     return h & 0x8000u ? -size : size;
 }
 
@@ -248,8 +254,10 @@ static PyObject *merge(PyObject *self, PyObject *args)
                           &scale, &undecided))
         return NULL;
     int64_t stored = strcmp(dtype, "F32") ? 2 : 4, wide = 2 * stored, count = -1;
+    int64_t most = 1 << 30; /* products of two sizes, in bytes, do not overflow */
     int known = !strcmp(dtype, "BF16") || !strcmp(dtype, "F16") || stored == 4;
-    if (!known || first < 0 || rows < 0 || cols < 0 || rank < 0 || first + cols > stride
+    if (!known || first < 0 || rows < 0 || cols < 0 || rank < 0 || first > stride - cols
+        || rows >= most || stride >= most || rank >= most
         || weight.len != rows * stride * stored || out.len != weight.len
         || left.len != rows * rank * wide || right.len != rank * cols * wide
         || slack.len != rows * wide || exact_left.len != rows * rank * 8

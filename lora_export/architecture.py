@@ -202,7 +202,7 @@ def as_trained(
     padding = config.get("pad_token_id")
     if not trained or not plain or not adapter.base.architecture or type(padding) is not int:
         return None
-    prefix = next(iter(trained)).partition(".")[0] + "."
+    prefix = next((n for n in trained if n not in adapter.replaced), "").partition(".")[0] + "."
     links, layers = [], {}
     for name, shape in trained.items():
         stored = name if name in checkpoint.tensors else name.removeprefix(prefix)

@@ -32,10 +32,8 @@ _WIDE = {
     "F16": (np.float32, 2.0**-24),
     "F32": (np.float64, 2.0**-53),
 }
-_TINY = {
-    np.float32: 2.0**-120,
-    np.float64: 2.0**-900,
-}  # more than a rank's underflows can add up to
+# more than a rank's underflows can add up to, of factors no larger than 1
+_TINY = {np.float32: 2.0**-120, np.float64: 2.0**-900}
 _TERMS = 8  # of a partial sum, here as in the kernel: sums of sums lose less
 _MOST_UNDECIDED = 1 / 8  # of a block; beyond that all of it is computed in float64
 
@@ -67,6 +65,7 @@ class LowRank:
     """
 
     def __init__(self, left: Array, right: Array, scale: float, dtype: str) -> None:
+        # An element is the product of a row of either; so rows are what lies together.
         self.left, self.right = np.ascontiguousarray(left), np.ascontiguousarray(right.T)
         self.rank, self.scale, self.dtype = len(right), scale, dtype
 
@@ -92,35 +91,41 @@ class LowRank:
         i, j = np.divmod(found, columns)
         settled = rounded(self.exact(weight[i, first + j], first_row, i, j), self.dtype)
         out[i, first + j] = settled
-        return int((~np.isfinite(settled)).sum())
+        return len(np.unique(found[~np.isfinite(settled)]))  # the kernel lists some twice
 
     def exact(self, weight: Array, first_row: int, i: Array, j: Array) -> Array:
         """Return the float64 values at rows i and columns j: weight + scale * sum, in this order.
 
         Products of factors no wider than float32 are exact in float64, so that only the order of
-        the sum matters, and it is that of the rank.
+        the sum matters, and it is that of the rank. An update that is zero counts as +0.
         """
         total = np.zeros(np.broadcast_shapes(i.shape, j.shape))
-        for k in range(self.rank):
-            total += self.left[first_row + i, k] * self.right[j, k]
         with np.errstate(over="ignore", invalid="ignore"):  # counted by the caller
-            value: Array = weight.astype(np.float64) + self.scale * total
+            for k in range(self.rank):
+                total += self.left[first_row + i, k] * self.right[j, k]
+            value: Array = weight.astype(np.float64) + (self.scale * total + 0.0)
         return value
 
     @functools.cached_property
     def _factors(self) -> tuple[Array, Array, Array]:
         """The factors in the wide dtype, the scale in the left one, and each row's error bound."""
         wide, unit = _WIDE[self.dtype]
-        left, right = self.scale * self.left, self.right.T
-        sizes = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=0).max(initial=0)
-        # products and partial sums in any order, then sums of those; the rounding of both factors
-        terms = min(self.rank, _TERMS) + -(-self.rank // _TERMS) + 2
-        bound = sizes * terms * unit * 1.01 + (sizes > 0) * _TINY[wide]
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
+            left, right = self.scale * self.left, self.right.T
+            of_rows, of_columns = _lengths(left), _lengths(self.right).max(initial=0)
+            # products and partial sums in any order, then sums of those; the rounding of both
+            # factors; and what the float64 value itself is off, where that is not much less
+            terms = min(self.rank, _TERMS) + -(-self.rank // _TERMS) + 2
+            terms += self.rank + 2 if wide is np.float64 else 0
+            bound = of_rows * of_columns * terms * unit * 1.01
+            bound += _TINY[wide] * (1 + of_rows + of_columns)
+            bound = np.where(np.isnan(bound), np.inf, bound)
+            slack = np.nextafter(bound, np.inf, dtype=wide, casting="unsafe")
+            slack[~(self.left.any(axis=1) & self.right.any())] = 0
             return (
                 np.ascontiguousarray(left, wide),
                 np.ascontiguousarray(right, wide),
-                np.nextafter(bound, np.inf, dtype=wide, casting="unsafe") * (sizes > 0),
+                slack,
             )
 
     def _approximate(self, weight: Array, out: Array, first_row: int, first: int) -> Array | None:
@@ -155,8 +160,8 @@ class LowRank:
                 update += left[:, k : k + _TERMS] @ right[k : k + _TERMS]
             near += update
             error = np.abs(near) * wide(2.5 * unit) + slack[:, None]
-            if start.dtype == np.float64:  # narrowed just now
-                error += np.abs(start).astype(wide) * wide(2 * unit)
+            if start.dtype == np.float64 != wide:  # narrowed just now
+                error += np.abs(start).astype(wide) * wide(2 * unit) + wide(_TINY[wide])
             dtype = DTYPES[self.dtype]
             out[:, region] = near.astype(dtype)
             low, high = (near - error).astype(dtype), (near + error).astype(dtype)
@@ -164,3 +169,11 @@ class LowRank:
         same = (low == high) & (np.signbit(low) == np.signbit(high)) & np.isfinite(low)
         found = np.flatnonzero(~same)
         return found if len(found) <= same.size * _MOST_UNDECIDED else None
+
+
+def _lengths(rows: Array) -> Array:
+    """Return the Euclidean length of each row, also where squares overflow or underflow."""
+    largest = np.abs(rows).max(axis=1, initial=0)
+    some = np.where(largest == 0, 1, largest)
+    lengths: Array = some * np.linalg.norm(rows / some[:, None], axis=1)
+    return lengths

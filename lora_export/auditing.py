@@ -75,6 +75,7 @@ def account(
         base_dropped=dict(plan.dropped),
         base_damaged=tuple(sorted(damaged | (checkpoint.tensors.keys() - base_names))),
         unexplained=tuple(sorted(merged.tensors.keys() - planned)),
+        is_sample=of_each is not None,
     )
 
 
@@ -136,9 +137,15 @@ def _looks(name: str, size: int, unit: int, most: int | None) -> list[tuple[int,
         return [(start, min(start + step, size)) for start in range(0, size, step)]
     length = max(most // _PLACES // unit, 1) * unit
     random_ = random.Random(name)
+    length = min(length, size)
     starts = [random_.randrange(size // unit) * unit for _ in range(_PLACES - 2)]
-    spans = [(min(start, size - length), length) for start in (0, *sorted(starts), size - length)]
-    return [(max(start, 0), min(max(start, 0) + length, size)) for start, length in spans]
+    found, done = [], 0
+    for start in sorted((0, *starts, size - length)):
+        stop = min(start + length, size)
+        if stop > done:  # no element counts twice
+            found.append((max(start, done), stop))
+            done = stop
+    return found
 
 
 def weights(

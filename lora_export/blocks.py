@@ -4,9 +4,9 @@ A block is a few rows of one tensor, small enough to stay in a core's own cache 
 the writing. Where an update's formula needs all of a tensor at once, the block is the tensor.
 """
 
+import functools
 import itertools
 import json
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -50,9 +50,7 @@ def layout(
         }
     else:
         groups = _packed(plan.steps, shard_bytes)
-    return tuple(
-        _output_file(name, steps, checkpoint, plan.steps[0].shard) for name, steps in groups.items()
-    )
+    return tuple(_output_file(name, steps, checkpoint) for name, steps in groups.items())
 
 
 def _packed(steps: Iterable[Step], most: int) -> dict[str, list[Step]]:
@@ -72,17 +70,16 @@ def _packed(steps: Iterable[Step], most: int) -> dict[str, list[Step]]:
     return dict(zip(names, shards, strict=True))
 
 
-def _output_file(
-    name: str, steps: Iterable[Step], checkpoint: Checkpoint, first: str
-) -> OutputFile:
+def _output_file(name: str, steps: list[Step], checkpoint: Checkpoint) -> OutputFile:
     tensors = [(step.name, step.dtype, step.shape) for step in steps]
-    metadata = {"format": "pt", **checkpoint.metadata.get(name, checkpoint.metadata[first])}
+    own = checkpoint.metadata.get(name, checkpoint.metadata[checkpoint.shards[0]])
+    metadata = {"format": "pt", **own}
     entries = storage.header_entries(tensors)
     header = storage.header_bytes(entries, metadata)
     if name in checkpoint.shards:
-        own = storage.raw_header(checkpoint.root / name)
-        if json.loads(own[8:]) == json.loads(header[8:]):
-            header = own
+        as_it_was = storage.raw_header(checkpoint.root / name)
+        if json.loads(as_it_was[8:]) == json.loads(header[8:]):
+            header = as_it_was
     places = [(step, len(header) + entries[step.name]["data_offsets"][0]) for step in steps]
     size = len(header) + sum(step.size for step in steps)
     return OutputFile(name, header, tuple(places), size)
@@ -91,15 +88,18 @@ def _output_file(
 # ---------------------------------------------------------------- what becomes of a block
 
 
+# (rows of the base, the same rows of the output, the piece's row that meets the first) -> count of
+# elements that came out infinite or NaN
+_Apply = Callable[[Array, Array, int], int]
+
+
 @dataclass(frozen=True)
 class _Piece:
     """What one update does to a region of a tensor, the tensor seen as rows of one width."""
 
     rows: range
     columns: slice
-    # (rows of the base, same rows of the output, the piece's row that meets the first) -> count
-    # of elements that came out infinite or NaN
-    apply: Callable[[Array, Array, int], int]
+    apply: _Apply
     is_whole: bool = False  # the formula needs all rows at once
 
     def covers(self, rows: range, width: int) -> bool:
@@ -118,7 +118,7 @@ def _factors(part: Part, pair: Factors, expert: int) -> tuple[Array, Array]:
     a, b = (_float64(side[expert]) for side in pair.matrices())
     if pair.diagonal is not None:
         b = b * _float64(pair.diagonal)
-    return np.ascontiguousarray(b[outs]), np.ascontiguousarray(a[:, ins])
+    return b[outs], a[:, ins]
 
 
 class _Pieces:
@@ -160,11 +160,11 @@ class _Pieces:
 
     def _bias(self, pair: Factors) -> _Piece:
         assert pair.bias is not None
-        update = pair.scale * _float64(pair.bias).reshape(-1, 1)
+        update, dtype = pair.scale * _float64(pair.bias).reshape(-1, 1), self.step.dtype
 
         def add(stored: Array, out: Array, first: int) -> int:
             exact = _float64(stored) + update[first : first + len(stored)]
-            out[:] = rounding.rounded(exact, self.step.dtype)
+            out[:] = rounding.rounded(exact, dtype)
             return _count_bad(out)
 
         return _Piece(range(len(update)), slice(None), add)
@@ -180,13 +180,16 @@ class _Pieces:
     def _weight(
         self, part: Part, pair: Factors, expert: int, region: range, columns: slice
     ) -> _Piece:
-        variant, dtype = self.plan.variant, self.step.dtype
+        # No closure holds `self`, which holds the closures: a tensor's factors would stay in memory
+        # until Python looks for cycles.
+        variant, dtype, kept = self.plan.variant, self.step.dtype, self.kept
         changes_base = pair.kind == LINEAR and variants.changes_base(variant)
         if pair.magnitude is None and not changes_base:
-            return _Piece(region, columns, _Plain(part, pair, expert, dtype, columns))
+            return _Piece(region, columns, self._sum(part, pair, expert, columns))
+        factors = functools.cache(lambda: _factors(part, pair, expert))
 
         def merge(stored: Array, out: Array, first: int) -> int:
-            left, right = _factors(part, pair, expert)
+            left, right = factors()
             weight = _float64(stored[:, columns])
             mine = slice(first, first + len(stored))
             if part.transposed:  # then all rows are here
@@ -194,8 +197,10 @@ class _Pieces:
             else:
                 left = left[mine]
             if changes_base:
+                if not np.isfinite(weight).all():  # what no decomposition takes
+                    return weight.size
                 base = variants.base(variant, weight, pair.scale, pair.rank)
-                weight = _float64(rounding.round_once(base, self.kept))
+                weight = _float64(rounding.rounded(base, kept))
             magnitude = None
             if pair.magnitude is not None:
                 magnitude = _float64(pair.magnitude)[slice(*(part.outs or (None,)))]
@@ -207,24 +212,19 @@ class _Pieces:
 
         return _Piece(region, columns, merge, is_whole=changes_base or part.transposed)
 
+    def _sum(self, part: Part, pair: Factors, expert: int, columns: slice) -> _Apply:
+        """Return what adds a low-rank update; its factors are prepared when the first rows come."""
+        dtype = self.step.dtype
 
-class _Plain:
-    """W + s B A in a region; the factors are prepared when the first block comes."""
+        @functools.cache
+        def update() -> LowRank:
+            left, right = _factors(part, pair, expert)
+            if part.transposed:
+                left, right = right.T, left.T
+            return LowRank(left, right, pair.scale, dtype)
 
-    def __init__(self, part: Part, pair: Factors, expert: int, dtype: str, columns: slice) -> None:
-        self.part, self.pair, self.expert, self.dtype = part, pair, expert, dtype
-        self.first_column = columns.start or 0
-        self.lock = threading.Lock()
-        self.update: LowRank | None = None
-
-    def __call__(self, stored: Array, out: Array, first: int) -> int:
-        with self.lock:
-            if self.update is None:
-                left, right = _factors(self.part, self.pair, self.expert)
-                if self.part.transposed:
-                    left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
-                self.update = LowRank(left, right, self.pair.scale, self.dtype)
-        return self.update.add(stored, out, first, self.first_column)
+        first_column = columns.start or 0
+        return lambda stored, out, first: update().add(stored, out, first, first_column)
 
 
 def _count_bad(array: Array) -> int:
@@ -289,7 +289,7 @@ def _blocks(step: Step, start: TensorInfo | Array, pieces: _Pieces) -> Iterator[
 
         def make(raw: Array | None, first: int = first, stop: int = stop) -> tuple[Array, int]:
             if raw is not None:
-                block = raw.view(rounding.DTYPES[kept]).reshape(-1, width)
+                block = raw.view(rounding.DTYPES[kept]).reshape(stop - first, width)
             else:
                 assert not isinstance(start, TensorInfo)
                 block = start.reshape(rows, width)[first:stop]
@@ -310,8 +310,9 @@ def _merged(block: Array, first: int, pieces: list[_Piece], dtype: str) -> tuple
     else:
         out = _converted(block, dtype)
     bad = 0
-    for piece in mine:
-        low, high = max(piece.rows.start, first), min(piece.rows.stop, stop)
-        here = slice(low - first, high - first)
-        bad += piece.apply(block[here], out[here], low - piece.rows.start)
+    with np.errstate(over="ignore", invalid="ignore"):  # counted
+        for piece in mine:
+            low, high = max(piece.rows.start, first), min(piece.rows.stop, stop)
+            here = slice(low - first, high - first)
+            bad += piece.apply(block[here], out[here], low - piece.rows.start)
     return out, bad if block.dtype == out.dtype else _count_bad(out)

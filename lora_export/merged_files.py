@@ -52,15 +52,14 @@ def merge_stage(
     prefix: str = "",
     *,
     most: int | None = None,
-    resume: bool = False,
+    journal: Path | None = None,
     say: Say = silent,
     advance: Advance = lambda done, total: None,
 ) -> MergeRecord:
     """Write the merged checkpoint to `folder`, read it back, and record what happened to it.
 
     `prefix` goes before the names of the files in the record, `most` to the audit (see
-    `auditing.weights`), `resume` says that `folder` comes from `publishing.staged` and may hold
-    what a killed run of the same job wrote.
+    `auditing.weights`), `journal` to `merging.write_merged`.
     """
     written = merging.write_merged(
         job.plan,
@@ -71,7 +70,7 @@ def merge_stage(
         beside=job.beside(),
         options=job.options.stated(),
         shard_bytes=job.options.shard_bytes,
-        journal=publishing.journal_of(folder) if resume else None,
+        journal=journal,
         advance=advance,
     )
     say("auditing")
@@ -156,7 +155,7 @@ def merge_files(
             job,
             folder,
             most=None if full_audit else auditing.SAMPLE,
-            resume=True,
+            journal=publishing.journal_of(folder),
             say=say,
             advance=advance,
         )

@@ -2,12 +2,12 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_export import blocks, companions, storage, streaming
+from lora_export import blocks, companions, publishing, storage, streaming
 from lora_export.companions import PROVENANCE
 from lora_export.errors import InputError
 from lora_export.plan import MERGE, MergePlan
@@ -53,11 +53,14 @@ def write_merged(
     out.mkdir(exist_ok=journal is not None)
     files = blocks.layout(plan, checkpoint, shard_bytes)
     if journal is not None:
-        _for_this_job(journal, out, (plan, adapter.sha256, options, [f.header for f in files]))
+        job = (plan, adapter.sha256, options, [file.header for file in files])
+        _for_this_job(journal, out, job, {file.name for file in files})
     written = streaming.write(
         plan, adapter, checkpoint, files, out, journal=journal, advance=advance
     )
+    others = ["config.json"]
     if tuple(file.name for file in files) != (storage.SINGLE,):
+        others.append(storage.INDEX)
         weight_map = {step.name: file.name for file in files for step, _ in file.places}
         total = sum(step.size for step in plan.steps)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -69,21 +72,24 @@ def write_merged(
     found = companions.companions_of(checkpoint.root) if beside is None else beside
     for name, file in found.items():
         companions.copy(file, out / name)
-    others = tuple(storage.digest(out / name) for name in ("config.json", *found))
+    beside_weights = tuple(storage.digest(out / name) for name in (*others, *found))
     known = _provenance(plan, adapter, written, options or {})
-    storage.write_json(out / PROVENANCE, {**known, "companions": _by_name(others)})
-    files_of_all = (*written.files, *others, storage.digest(out / PROVENANCE))
+    storage.write_json(out / PROVENANCE, {**known, "companions": _by_name(beside_weights)})
+    files_of_all = (*written.files, *beside_weights, storage.digest(out / PROVENANCE))
     return dataclasses.replace(written, files=files_of_all)
 
 
-def _for_this_job(journal: Path, out: Path, job: tuple[Any, ...]) -> None:
-    """Empty `out` and `journal` where they are another job's: names alone say nothing."""
+def _for_this_job(journal: Path, out: Path, job: tuple[Any, ...], kept: Set[str]) -> None:
+    """Remove from `out` what is not in `kept`; all, and `journal`, where they are another job's."""
     key = hashlib.sha256(repr((_version(), *job)).encode()).hexdigest()
     mark = journal.with_suffix(".key")
-    if not mark.is_file() or mark.read_text("utf-8") != key:
+    same = mark.is_file() and mark.read_text("utf-8", errors="replace") == key
+    if not same:
         journal.unlink(missing_ok=True)
-        for file in out.iterdir():
-            file.unlink()
+    for entry in out.iterdir():
+        if not same or entry.name not in kept:
+            publishing.remove(entry)
+    if not same:
         mark.write_text(key, "utf-8")
 
 

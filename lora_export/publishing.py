@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -26,12 +27,14 @@ except ImportError:  # no locks there: what a killed run left behind stays
 
 STAGING = ".staging-"
 LOCK = "lock"
+FILES = "files"  # what is to be published
 REPLACED = "replaced"  # what stood where the output goes
+PLACED = "placed"  # an empty file for each entry of FILES that may have been moved out
 # A directory is replaced only where one of these says that we wrote it.
 MARKS = ("lora_export.json", "certificate.json")
 # What an exporter may leave beside its file; gone with the file that it belonged to.
 COMPANION = ".data"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _HERE = -100  # AT_FDCWD
 _EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
 
@@ -79,36 +82,45 @@ def staged(out: Path, *, overwrite: bool = False, resume: bool = False) -> Itera
 
     Raises:
         InputError: `out` exists and `overwrite` is false, its parent cannot be written, or the
-            disk is full.
+            disk is full or fails.
     """
     with _as_input_error(out):
         parent = out.parent.resolve()
         made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-        left = list(_left_behind(parent, out.name))
-    refuse_existing(out, overwrite=overwrite)
     staging, lock, is_kept = None, None, False
+    left: list[tuple[Path, int]] = []
     try:
+        with _as_input_error(out):
+            left.extend(_left_behind(parent, out.name))
+        refuse_existing(out, overwrite=overwrite)
         with _as_input_error(out):
             parent.mkdir(parents=True, exist_ok=True)
             staging, lock = left.pop() if left and resume else _new_staging(parent, out.name)
-            for other, its_lock in left:
-                _remove(other, its_lock)
-            files = staging / "files"
+            while left:
+                _remove(*left.pop())
+            files = staging / FILES
             files.mkdir(exist_ok=True)
         try:
             yield files / out.name
+            with _as_input_error(out):
+                _sync(files)
         except OSError as error:
             if error.errno in _DISK_ERRORS:
                 raise InputError(f"cannot write {out}: {error.strerror}") from error
             raise
-        except (KeyboardInterrupt, SystemExit):
-            is_kept = resume
+        except BaseException as error:  # Ctrl-C and SIGTERM are no Exception
+            is_kept = resume and not isinstance(error, Exception)
             raise
         with _as_input_error(out):
-            _sync(files)
+            # Once the old output may lie in `files`, no later run may go on from there.
+            for entry in staging.iterdir():
+                if entry.name not in (LOCK, FILES):
+                    remove(entry)
             _publish(files, parent / out.name, overwrite=overwrite)
             _sync_folder(parent)
     finally:
+        for _, other in left:
+            os.close(other)
         if lock is not None and is_kept:
             os.close(lock)
         elif staging is not None and lock is not None:
@@ -129,56 +141,94 @@ def _new_staging(parent: Path, name: str) -> tuple[Path, int]:
     while True:
         staging = parent / f".{name}{STAGING}{secrets.token_hex(4)}"
         staging.mkdir()
-        with contextlib.suppress(FileNotFoundError):  # another run took it for a leftover
+        try:
             lock = os.open(staging / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            if _locked(lock) and os.fstat(lock).st_nlink:
-                return staging, lock
-            os.close(lock)
+        except FileNotFoundError:  # another run took it for a leftover
+            continue
+        except BaseException:
+            staging.rmdir()
+            raise
+        if _locked(lock) is not False and os.fstat(lock).st_nlink:
+            return staging, lock
+        os.close(lock)
 
 
 def _left_behind(parent: Path, name: str) -> Iterator[tuple[Path, int]]:
     """Lock and return the staging directories of runs that are gone; put back what they moved."""
     if fcntl is None or not parent.is_dir():
         return
-    start = f".{name}{STAGING}"
+    ours = re.compile(re.escape(f".{name}{STAGING}") + "[0-9a-f]{8}")
     for staging in sorted(parent.iterdir()):
-        if not staging.name.startswith(start) or not staging.is_dir():
+        if not ours.fullmatch(staging.name) or staging.is_symlink() or not staging.is_dir():
             continue
         with contextlib.suppress(OSError):
             staging.rmdir()  # killed before it had written anything
             continue
         try:
-            lock = os.open(staging / LOCK, os.O_RDWR)
+            lock = os.open(staging / LOCK, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:
             continue  # not one of ours
-        if not _locked(lock):
+        # Another run may be writing, or have removed it just now.
+        if not _locked(lock) or not os.fstat(lock).st_nlink:
             os.close(lock)
             continue
-        for replaced in (staging / REPLACED).glob("*"):
-            if not _exists(parent / replaced.name):  # killed between two renames
-                replaced.rename(parent / replaced.name)
+        try:
+            _put_back(staging)
+        except BaseException:
+            os.close(lock)
+            raise
         yield staging, lock
 
 
-def _locked(lock: int) -> bool:
+def _locked(lock: int) -> bool | None:
+    """Return whether the lock is ours now; None where this disk knows no locks."""
     if fcntl is None:
-        return True
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
+
+
+def _put_back(staging: Path) -> None:
+    """Undo what a failed or killed run moved, unless it was done: the output itself comes last."""
+    files, replaced, placed = (staging / name for name in (FILES, REPLACED, PLACED))
+    parent, name = staging.parent, staging.name[1:].rpartition(STAGING)[0]
+    if not replaced.is_dir():
+        return
+    if _exists(files / name):
+        for mark in placed.iterdir():
+            if not _exists(files / mark.name) and _exists(parent / mark.name):
+                (parent / mark.name).rename(files / mark.name)
+        for old in replaced.iterdir():
+            if not _exists(parent / old.name):
+                old.rename(parent / old.name)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove(staging: Path, lock: int) -> None:
     """Remove a staging directory; its lock last, or others would not know it for one."""
-    for entry in staging.iterdir():
-        if entry.name != LOCK:
-            shutil.rmtree(entry, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        (staging / LOCK).unlink()
-        staging.rmdir()
-    os.close(lock)
+    try:
+        with contextlib.suppress(OSError):
+            _put_back(staging)
+            for entry in staging.iterdir():
+                if entry.name != LOCK:
+                    remove(entry)
+            (staging / LOCK).unlink()
+            staging.rmdir()
+    finally:
+        os.close(lock)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a directory and all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 # ---------------------------------------------------------------- one step
@@ -188,35 +238,43 @@ def _publish(files: Path, out: Path, *, overwrite: bool) -> None:
     """Move every entry of `files` beside `out`, the one named like `out` last.
 
     One entry takes one step. Where it takes several, what stands there is put aside first, and
-    put back where a move fails.
+    `_put_back` undoes them unless all of them were taken.
     """
     entries = sorted(files.iterdir(), key=lambda entry: (entry.name == out.name, entry.name))
     targets = [out.parent / entry.name for entry in entries]
     for target in targets:
         refuse_existing(target, overwrite=overwrite)
-    if len(entries) == 1 and not _exists(_companion(out)):
-        if not _exists(out) or not out.is_dir():
-            entries[0].replace(out)
+    is_folder = any(entry.name == out.name and entry.is_dir() for entry in entries)
+    beside = [] if is_folder else [_companion(out)]  # what stands beside a folder is not its own
+    if len(entries) == 1 and not any(map(_exists, beside)):
+        if _moved(entries[0], out):
             return
+        refuse_existing(out, overwrite=overwrite)
         if _exchange(entries[0], out):
             return
-    aside = files.parent / REPLACED
-    aside.mkdir(exist_ok=True)
-    replaced, placed = [], []
+    aside, placed = files.parent / REPLACED, files.parent / PLACED
+    placed.mkdir()
+    for entry in entries:
+        (placed / entry.name).touch()
+    aside.mkdir()
+    for target in sorted({*targets, *beside}) if overwrite else ():
+        if _exists(target):
+            target.rename(aside / target.name)
+    for entry, target in zip(entries, targets, strict=True):
+        entry.rename(target)
+
+
+def _moved(entry: Path, out: Path) -> bool:
+    """Move `entry` to `out` unless a directory stands there; return whether it was moved."""
+    if out.is_dir():
+        return False
     try:
-        for target in {*targets, _companion(out)} if overwrite else ():
-            if _exists(target):
-                target.rename(aside / target.name)
-                replaced.append(target)
-        for entry, target in zip(entries, targets, strict=True):
-            entry.rename(target)
-            placed.append((entry, target))
+        entry.replace(out)
     except OSError:
-        for entry, target in placed:
-            target.rename(entry)
-        for target in replaced:
-            (aside / target.name).rename(target)
+        if out.is_dir():  # another run was quicker
+            return False
         raise
+    return True
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -278,10 +278,11 @@ class Account:
     adapter_placed: tuple[str, ...]
     adapter_left: tuple[str, ...]  # nothing was done with these: a fault
     base_changed: tuple[str, ...]
-    base_identical: tuple[str, ...]  # proved on the bytes that were written
+    base_identical: tuple[str, ...]  # proved on the bytes that were written, or a sample of them
     base_dropped: Mapping[str, str]  # name -> reason
     base_damaged: tuple[str, ...]  # should be identical and is not: a fault
     unexplained: tuple[str, ...]  # written but in no plan: a fault
+    is_sample: bool = False  # whether only some bytes of every copied tensor were compared
 
 
 @dataclass(frozen=True)

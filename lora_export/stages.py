@@ -62,6 +62,7 @@ def load_unmerged(job: Job) -> nn.Module:
         named = models.architecture_of(job.live, job.base)
         classes = models.class_count(job.live)
         config = models.config_of(job.base, named, job.live.labels, classes)
+        models.blank(config)  # says what is wrong with it; the loader raises as it comes
     model = models.load(job.base, config, provided=job.live.replaced)
     if hasattr(config, "use_cache"):
         config.use_cache = False

@@ -130,9 +130,9 @@ class _Stream:
         self._refuse_full_disk()
         begun = time.perf_counter()
         try:
-            self._open()
-            before = self._times()
             with ThreadPoolExecutor(1) as self.syncer:
+                self._open()
+                before = self._times()
                 self._work_in_threads()
                 if self._times() != before:
                     raise InputError(f"{self.checkpoint.root} changed while it was read")
@@ -156,6 +156,8 @@ class _Stream:
         for file in self.files:
             handle = os.open(self.folder / file.name, os.O_RDWR | os.O_CREAT, 0o666)
             self.outputs[file.name] = _Output(handle, file.size, threading.Lock())
+            if os.fstat(handle).st_size > file.size:
+                os.ftruncate(handle, file.size)
             _reserve(handle, file.size)
             self._write(file, 0, np.frombuffer(file.header, np.uint8))
 
@@ -193,8 +195,13 @@ class _Stream:
                 thread.join()
         except BaseException as error:  # Ctrl-C arrives here
             self.failure = error
-            for thread in threads:
-                thread.join()
+        # No file may be closed while a thread writes to it. One that is yet to begin sees at once
+        # that there is nothing to do.
+        while running := [thread for thread in threads if thread.is_alive()]:
+            try:
+                running[0].join()
+            except BaseException as error:  # Ctrl-C again
+                self.failure = error
         if self.failure is not None:
             raise self.failure
 
@@ -207,6 +214,10 @@ class _Stream:
                     raise
                 except BaseException as error:
                     self.failure = self.failure or error
+
+    def _stop_where_another_failed(self) -> None:
+        if self.failure is not None:
+            raise self.failure
 
     def _do(self, task: _Task) -> None:
         if task.step is None or task.file is None:
@@ -233,6 +244,7 @@ class _Stream:
         source, output = self.base[task.source.file.name], self.outputs[task.file.name]
         start, size, done = task.source.start, step.size, 0
         while done < size:
+            self._stop_where_another_failed()
             most = min(size - done, 64 * BLOCK_BYTES)
             try:
                 with output.lock:
@@ -254,6 +266,7 @@ class _Stream:
         assert task.file is not None
         read, written, bad = Hash(), Hash(), 0
         for block in made.blocks:
+            self._stop_where_another_failed()
             raw = None
             if block.source is not None and made.source is not None:
                 start, stop = block.source

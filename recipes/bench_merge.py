@@ -712,6 +712,7 @@ def order_of(size: float, case: Case) -> tuple[Any, ...]:
 def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Yield title, head and cells of each table."""
     idle = [row for row in rows if not row["busy"]]
+    own = [row for row in idle if row["tool"] == OURS]
     yield (
         "Medians; a ratio is the median over the rounds of work to the wall time of cp",
         ["GB", "tool", "adapter", "cache", "runs", "work s", "min to max", "wall s", "process s",
@@ -720,7 +721,7 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[li
             shown(row["bytes"], 1e9), row["tool"], row["adapter"] or "-", row["cache"],
             str(row["runs"]), shown(row["seconds"].get("work")),
             " to ".join(map(shown, row["work_range"] or [None])), shown(row["seconds"]["wall"]),
-            shown(row["seconds"]["user"] + row["seconds"]["system"]),
+            shown(process_seconds(row)),
             shown(row["disk_read_bytes"], 1e6), shown(row["peak_rss_bytes"], 1e6),
             shown(row["bytes_per_s"], 1e9),
             shown(row["to_cp"].get("work")), shown(row["to_cp_fsync"].get("work")),
@@ -733,7 +734,17 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[li
             shown(row["bytes"], 1e9), row["adapter"], row["cache"], part,
             shown(row["seconds"][part]), shown(row["to_cp"].get(part)),
             shown(row["to_cp_fsync"].get(part)),
-        ] for row in idle if row["tool"] == OURS for part in PARTS if part in row["seconds"]],
+        ] for row in own for part in PARTS if part in row["seconds"]],
+    )
+    ours = {(row["bytes"], row["adapter"], row["cache"]): row for row in own}
+    yield (
+        "Process time (user and system) of the others, against lora-export's",
+        ["GB", "tool", "adapter", "cache", "process s", "x lora-export"],
+        [[
+            shown(row["bytes"], 1e9), row["tool"], row["adapter"], row["cache"],
+            shown(process_seconds(row)), shown(process_seconds(row) / process_seconds(mine)),
+        ] for row in idle if row["tool"] in THEIRS
+            and (mine := ours.get((row["bytes"], row["adapter"], row["cache"])))],
     )
     yield (
         "lora-export while another process keeps one core busy, against idle",
@@ -745,6 +756,10 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[str], list[li
         ] for row in rows if row["busy"]],
     )
 # fmt: on
+
+
+def process_seconds(row: dict[str, Any]) -> float:
+    return float(row["seconds"]["user"] + row["seconds"]["system"])
 
 
 def shown(value: float | None, unit: float = 1) -> str:

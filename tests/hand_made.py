@@ -42,7 +42,10 @@ MASKS = (
     np.array([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]]),
     np.array([[1, 1, 1], [1, 1, 0]]),
 )
-FILES = (FileDigest("merged/model.safetensors", 100, "a" * 64), FileDigest("model.onnx", 9, "b"))
+FILES = (
+    FileDigest("merged/model.safetensors", 100, "blake3-tensors:aa"),
+    FileDigest("model.onnx", 9, "sha256:bb"),
+)
 
 
 def signature(**changes):
@@ -61,7 +64,7 @@ def artifact(name="onnx", **changes):
     """An artifact that declares what `signature` asks for."""
     made = Artifact(
         format=name,
-        files=(FileDigest("model.onnx", 2_000_000, "b"),),
+        files=(FileDigest("model.onnx", 2_000_000, "sha256:bb"),),
         inputs=signature().inputs,
         outputs=signature().outputs,
         facts={"opset": 20, "metadata": {"labels": ["negative", "positive"]}},
@@ -109,7 +112,10 @@ def timing(rounds=30, **ratios):
 
 def audit(tensor="layer.0.query.weight", **changes):
     """A merged tensor without a fault."""
-    made = WeightAudit(tensor, 64, misrounded=0, largest_ulp=0.5, unmoved=0, lost_share=1e-7)
+    elements = changes.pop("elements", 64)
+    made = WeightAudit(
+        tensor, elements, of=elements, misrounded=0, largest_ulp=0.5, unmoved=0, lost_share=1e-7
+    )
     return dataclasses.replace(made, **changes)
 
 
@@ -189,7 +195,7 @@ def certificate(*verdicts, **changes):
         command="lora-export run --adapter sst2.safetensors",
         verdicts=verdicts,
         measurements=(Measurement("size", "onnx", 2.0, "MB", 1),),
-        inputs=(FileDigest("sst2.safetensors", 5, "c" * 64),),
+        inputs=(FileDigest("sst2.safetensors", 5, "blake3-tensors:cc"),),
         outputs=FILES,
         environment={"python": "3.12.0"},
         settings={"seed": 0},

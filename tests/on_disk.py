@@ -7,7 +7,6 @@ import json
 
 import ml_dtypes
 import numpy as np
-import torch
 
 from lora_export import storage
 from lora_export.records import Factors
@@ -115,8 +114,7 @@ def arrays(folder):
 def rounded(exact, dtype):
     """Round float64 to another dtype, once."""
     if dtype == BF16:
-        kept = round_once(torch.from_numpy(np.ascontiguousarray(exact)), torch.bfloat16)
-        return kept.view(torch.int16).numpy().view(BF16)
+        return round_once(np.ascontiguousarray(exact), "BF16")
     return exact.astype(dtype)
 
 

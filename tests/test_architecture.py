@@ -4,22 +4,30 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import on_disk
 import pytest
+from hand_made import edit_tensors
 from on_disk import factors, keyed, numbers, pair
 
+from lora_export import LoraConfig, heads, inject, merged_files, save_adapter, storage
+from lora_export.adapter import read_adapter
 from lora_export.architecture import (
     CONV1D,
     LINEAR,
     Architecture,
     Layer,
     Link,
+    as_trained,
     names_of,
     read_off,
     stack,
 )
+from lora_export.errors import AdapterMismatch
+from lora_export.formats import native
+from lora_export.opening import open_job
 from lora_export.plan import MERGE, plan
 from lora_export.records import CONV, EMBEDDING, EXPERTS, Adapter, BaseRef, Factors, Promises, Rows
 
@@ -326,8 +334,6 @@ def test_no_transformers_is_loaded_where_the_checkpoint_tells(llama, tmp_path):
 
 
 def test_what_is_merged_without_transformers_is_right(llama, tmp_path):
-    from lora_export import pipeline
-
     certificate = merged_files.merge_files(
         llama / "adapter", base=str(llama / "base"), out=tmp_path / "merged"
     )
@@ -341,3 +347,91 @@ def test_what_is_merged_without_transformers_is_right(llama, tmp_path):
         assert before[name].tobytes() == after[name].tobytes()
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+# ---------------------------------------------------------------- as the adapter says
+
+CLASSIFIERS = {
+    "bert": "bert",
+    "roberta": "roberta",
+    "distilbert": "distilbert",
+    "llama-cls": "model",
+}
+
+
+def trained(tiny, fill, folder, family):
+    """A headless base, and an adapter of ours for it."""
+    model = tiny(family)
+    getattr(model, CLASSIFIERS[family]).save_pretrained(folder / "base")
+    model = type(model).from_pretrained(folder / "base").eval()
+    inject(model, LoraConfig(rank=4, modules_to_save=heads(model)))
+    path, base = folder / "adapter.safetensors", BaseRef(id=str(folder / "base"))
+    save_adapter(fill(model), path, base=base, labels=("no", "yes"), task_type="SEQ_CLS")
+    return path
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_what_the_adapter_says_of_its_model_is_what_transformers_would(
+    tiny, fill, tmp_path, family
+):
+    path, silent = trained(tiny, fill, tmp_path, family), tmp_path / "silent.safetensors"
+    found = read_adapter(path)
+    native.write(replace(found, base=replace(found.base, tensors={})), silent)
+    assert open_job(path).config is None
+    assert open_job(silent).config is not None
+    digests = []
+    for adapter, out in ((path, tmp_path / "told"), (silent, tmp_path / "asked")):
+        assert merged_files.merge_files(adapter, out=out).ok
+        digests.append({file.name: file.digest for file in storage.digest_tree(out)})
+        digests[-1].pop("lora_export.json")  # names the adapter's file
+    assert digests[0] == digests[1]
+    assert digests[0].keys() >= {"model.safetensors", "config.json"}
+
+
+def test_no_torch_is_loaded_where_the_adapter_tells(tiny, fill, tmp_path):
+    given = ("--adapter", str(trained(tiny, fill, tmp_path, "bert")))
+    out = str(tmp_path / "merged")
+    commands = [("merge", *given, "--out", out, "--quiet"), ("verify", out, *given, "--quiet")]
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED.replace('"peft"', '"torch"'), json.dumps(commands)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize("change", ["lost", "other shape"])
+def test_a_base_that_is_not_what_the_adapter_says_is_not_taken_for_it(tiny, fill, tmp_path, change):
+    path = trained(tiny, fill, tmp_path, "bert")
+    name = "encoder.layer.1.output.dense.bias"
+
+    def damage(arrays):
+        value = arrays.pop(name)
+        if change == "other shape":
+            arrays[name] = np.append(value, value[:1])
+
+    edit_tensors(tmp_path / "base" / "model.safetensors", damage)
+    with pytest.raises(AdapterMismatch, match=rf"{name}"):
+        open_job(path)
+
+
+def test_a_head_without_labels_is_left_to_transformers(tiny, fill, tmp_path):
+    path = trained(tiny, fill, tmp_path, "bert")
+    adapter = replace(read_adapter(path), labels=())
+    base = storage.Checkpoint.open(tmp_path / "base")
+    fields = storage.read_json(tmp_path / "base" / "config.json")
+    assert as_trained(adapter, base, fields) is None
+    assert as_trained(read_adapter(path), base, fields) is not None
+
+
+def test_an_update_of_what_may_be_tied_is_left_to_transformers(tiny, tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "base")
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    says = BaseRef(architecture="LlamaForCausalLM", tensors=shapes)
+    base = storage.Checkpoint.open(tmp_path / "base")
+    fields = storage.read_json(tmp_path / "base" / "config.json")
+    path = "model.layers.0.self_attn.q_proj"
+    assert as_trained(adapter({path: factors(32, 32)}, base=says), base, fields) is not None
+    assert as_trained(adapter({"lm_head": factors(100, 32)}, base=says), base, fields) is None

@@ -14,6 +14,7 @@ from lora_export import (
     LoraConfig,
     heads,
     inject,
+    merged_files,
     models,
     pipeline,
     read_adapter,
@@ -160,7 +161,7 @@ def test_a_file_that_is_swapped_while_a_run_measures_fails(adapter, tmp_path, qu
     whole = timing.measure
 
     def swap(*arguments, **options):
-        (staged,) = tmp_path.glob(".run.staging-*/run")
+        (staged,) = tmp_path.glob(".run.staging-*/files/run")
         (staged / "model.pt").write_bytes(b"another model")
         return whole(*arguments, **options)
 
@@ -208,14 +209,20 @@ def test_one_side_of_a_tie_is_not_replaced_alone(tiny, tmp_path):
         plan(adapter, base, found)
 
 
-def test_a_base_whose_config_is_nonsense_is_an_input_error(adapter, tiny_base, tmp_path):
+def test_a_base_whose_config_is_nonsense_is_an_input_error(
+    adapter, peft_adapter, tiny_base, tmp_path
+):
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
     for change in ({"hidden_size": 31}, {"hidden_size": "wide"}, {"hidden_act": "no such"}):
         shutil.copy(tiny_base / "config.json", base / "config.json")
         edit_json(base / "config.json", **change)
         with pytest.raises(InputError, match="config"):
-            open_job(adapter, str(base))
+            open_job(peft_adapter, str(base))
+        # This one names the tensors of its model, so that only a run has to build that.
+        with pytest.raises(InputError, match="config"):
+            pipeline.run(adapter, base=str(base), out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 def test_an_encoder_decoder_is_refused_by_name(tiny_base, tmp_path):

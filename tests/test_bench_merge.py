@@ -286,13 +286,21 @@ def test_a_ratio_pairs_only_runs_of_one_round(recipe):
 def test_what_is_not_stated_is_a_dash(recipe):
     found = [sample(recipe, "cp -r", 1, 1.0, work=1.0)]
     found += [sample(recipe, "lora-export", 1, 9.0, adapter="all", busy=b) for b in (False, True)]
-    first, parts, busy = recipe.tables(recipe.summarised(found))
+    first, parts, others, busy = recipe.tables(recipe.summarised(found))
     named = dict(zip(first[1], first[2][1], strict=True))
     assert named["tool"] == "lora-export"
     assert (named["work s"], named["GB/s"], named["x cp -r"]) == ("-", "-", "-")
     assert (named["wall s"], named["process s"]) == ("9", "0.75")
-    assert parts[2] == []
+    assert parts[2] == others[2] == []
     assert busy[2] == [["2.2", "all", "-", "-", "9", "1"]]
+
+
+def test_the_process_time_of_another_tool_is_held_against_ours(recipe):
+    found = [sample(recipe, "lora-export", 1, 9.0, adapter="all")]
+    found += [sample(recipe, tool, 1, 9.0, adapter="all") for tool in ("cp -r", "peft")]
+    _, _, (_, head, rows), _ = recipe.tables(recipe.summarised(found))
+    (named,) = (dict(zip(head, row, strict=True)) for row in rows)
+    assert (named["tool"], named["process s"], named["x lora-export"]) == ("peft", "0.75", "1")
 
 
 def test_the_deepest_mount_says_what_the_file_system_is(recipe, monkeypatch):

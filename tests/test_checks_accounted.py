@@ -53,3 +53,9 @@ def test_a_base_that_was_dropped_whole_fails():
 
 def test_no_account_is_not_run():
     assert [v.status for v in accounted.judge(evidence(account=None))] == [Status.NOT_RUN]
+
+
+def test_a_sample_is_called_one():
+    (_, whole), (_, sample) = _judge(), _judge(is_sample=True)
+    assert "sample" not in whole.note
+    assert "identical in a sample of their bytes" in sample.note

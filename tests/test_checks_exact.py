@@ -38,3 +38,19 @@ def test_tensors_without_elements_fail():
 
 def test_no_audits_is_not_run():
     assert [v.status for v in _judge()] == [Status.NOT_RUN]
+
+
+def test_a_sample_is_counted_as_what_it_is_and_said_to_be_one():
+    for verdict in _judge(audit(of=1000), audit("b")):
+        assert (verdict.status, verdict.compared) == (Status.PASS, 128)
+        note = "; derived 128 of 1,064 elements; `lora-export verify` derives all"
+        assert verdict.note.endswith(note)
+
+
+def test_what_was_derived_in_full_is_not_said_to_be_a_sample():
+    assert not any("derived" in verdict.note for verdict in _judge(audit(), audit("b")))
+
+
+def test_a_misrounded_element_of_a_sample_fails():
+    rounding, _ = _judge(audit(of=1000, misrounded=1))
+    assert (rounding.status, rounding.measured) == (Status.FAIL, 1)

@@ -21,7 +21,7 @@ def test_the_order_of_the_files_does_not_matter():
 
 
 def test_a_changed_file_fails():
-    verdict = _judge(dataclasses.replace(FILES[0], sha256="e" * 64), FILES[1])
+    verdict = _judge(dataclasses.replace(FILES[0], digest="sha256:ee"), FILES[1])
     assert (verdict.status, verdict.measured) == (Status.FAIL, 1)
     assert "merged/model.safetensors" in verdict.note
 
@@ -33,14 +33,14 @@ def test_a_missing_file_fails():
 
 
 def test_a_new_file_fails():
-    verdict = _judge(*FILES, FileDigest("model.onnx.data", 1, "f"))
+    verdict = _judge(*FILES, FileDigest("model.onnx.data", 1, "sha256:ff"))
     assert verdict.status is Status.FAIL
     assert "model.onnx.data" in verdict.note
 
 
 def test_two_files_that_swapped_their_content_fails_twice():
     swapped = [
-        FileDigest(a.name, b.size_bytes, b.sha256)
+        FileDigest(a.name, b.size_bytes, b.digest)
         for a, b in zip(FILES, reversed(FILES), strict=True)
     ]
     assert _judge(*swapped).measured == 2

@@ -62,7 +62,7 @@ def test_run_and_check_chain(call, adapter, tmp_path, monkeypatch):
 def test_json_is_one_object_and_progress_is_elsewhere(call, adapter):
     code, out, err = call("merge", "--adapter", adapter, "--json")
     found = json.loads(out)
-    assert (code, found["schema"], found["ok"]) == (0, 1, True)
+    assert (code, found["schema"], found["ok"]) == (0, 2, True)
     assert {v["status"] for v in found["verdicts"]} == {"pass"}
     assert "auditing" in err
 
@@ -237,12 +237,12 @@ def test_wrong_usage_gives_json_where_it_was_asked_for(call):
 
 
 def test_a_bug_exits_with_1_and_still_gives_an_object(call, adapter, monkeypatch):
-    from lora_export import pipeline
+    from lora_export import merged_files
 
     def broken(*arguments, **options):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(pipeline, "merge_files", broken)
+    monkeypatch.setattr(merged_files, "merge_files", broken)
     code, out, err = call("merge", "--adapter", adapter, "--json")
     assert code == 1
     assert json.loads(out)["error"]["type"] == "Bug"
@@ -250,12 +250,12 @@ def test_a_bug_exits_with_1_and_still_gives_an_object(call, adapter, monkeypatch
 
 
 def test_an_interrupt_exits_with_130(call, adapter, monkeypatch):
-    from lora_export import pipeline
+    from lora_export import merged_files
 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "merge_files", interrupted)
+    monkeypatch.setattr(merged_files, "merge_files", interrupted)
     assert call("merge", "--adapter", adapter)[0] == 130
 
 

@@ -277,7 +277,7 @@ def test_a_change_whose_digest_was_forged_fails(call, merged):
     folder, given = merged
     edit_tensors(folder / "model.safetensors", nudged(f"{PATH}.weight"))
     known = json.loads((folder / "lora_export.json").read_text())
-    known["files"]["model.safetensors"] = storage.sha256(folder / "model.safetensors")
+    known["files"]["model.safetensors"] = storage.digest(folder / "model.safetensors").digest
     (folder / "lora_export.json").write_text(json.dumps(known))
     assert failed(call, folder, given) == (5, {"exact"})
 

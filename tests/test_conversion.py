@@ -11,7 +11,15 @@ import torch
 from live_made import CASES, K, Q, answer, base_of, load, small
 from on_disk import keyed, pair
 
-from lora_export import BaseRef, LoraConfig, formats, inject, pipeline, read_adapter, save_adapter
+from lora_export import (
+    BaseRef,
+    LoraConfig,
+    formats,
+    inject,
+    merged_files,
+    read_adapter,
+    save_adapter,
+)
 from lora_export.conversion import convert
 from lora_export.errors import InputError
 from lora_export.records import Reading

@@ -115,8 +115,9 @@ def test_the_card_states_what_the_adapter_carries():
 def test_the_shipped_certificate_is_of_the_shipped_adapter():
     shipped = json.loads((ROOT / "artifacts" / "sst2-certificate.json").read_text())
     assert shipped["ok"] is True
-    digests = {file["name"]: file["sha256"] for file in shipped["inputs"]}
-    assert digests["sst2.safetensors"] == storage.sha256(ROOT / "artifacts" / "sst2.safetensors")
+    digests = {file["name"]: file["digest"] for file in shipped["inputs"]}
+    adapter = ROOT / "artifacts" / "sst2.safetensors"
+    assert digests["sst2.safetensors"] == storage.digest(adapter).digest
 
 
 def test_the_figures_of_the_readme_are_those_of_the_shipped_certificate():

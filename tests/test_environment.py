@@ -2,6 +2,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,3 +99,12 @@ def test_only_instruction_sets_that_matter_are_listed(processor, monkeypatch):
 def test_a_system_without_a_load_average_has_none(monkeypatch):
     monkeypatch.delattr(environment.os, "getloadavg", raising=False)
     assert environment.describe(1)["load_average"] is None
+
+
+def test_at_least_one_core_may_be_used():
+    assert environment.cores() >= 1
+
+
+def test_cores_are_known_where_the_system_has_no_affinity(monkeypatch):
+    monkeypatch.setattr(environment, "os", SimpleNamespace(cpu_count=lambda: None))
+    assert environment.cores() == 1

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
-from lora_export import exporters, inputs, pipeline, stages
+from lora_export import exporters, inputs, merged_files, pipeline, stages
 from lora_export.errors import ExportFailed, InputError
 from lora_export.records import Artifact
 
@@ -72,7 +72,7 @@ def test_the_digests_are_those_of_the_files(exported):
     import hashlib
 
     _, artifact, path = exported
-    assert artifact.files[0].sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert artifact.files[0].digest == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def test_a_damaged_file_is_an_export_failure(exported, tmp_path):

@@ -42,7 +42,11 @@ def _adapter(seed=0):
         dropout=0.125,
         task_type="SEQ_CLS",
         base=BaseRef(
-            "org/tiny", "main", "BertForSequenceClassification", Fingerprint("ab" * 32, 2, "F32")
+            "org/tiny",
+            "main",
+            "BertForSequenceClassification",
+            Fingerprint("ab" * 32, 2, "F32"),
+            {"bert.pooler.dense.bias": (32,), "classifier.weight": (2, 32), "scalar": ()},
         ),
         labels=("negative", "positive"),
         training={"seed": 1, "steps": 2},
@@ -566,6 +570,10 @@ def _rewrite(path, **metadata):
         ({"base": '{"colour": 1}'}, r"lora_export\.base is damaged"),
         ({"base": '{"fingerprint": {"sha256": "0"}}'}, r"lora_export\.base is damaged"),
         ({"base": '{"fingerprint": 5}'}, r"lora_export\.base is damaged"),
+        ({"tensors": '[["a", [1]]]'}, r"lora_export\.tensors is damaged"),
+        ({"tensors": '{"a": 1}'}, r"lora_export\.tensors is damaged"),
+        ({"tensors": '{"a": [1, -1]}'}, r"lora_export\.tensors is damaged"),
+        ({"tensors": '{"a": [1, true]}'}, r"lora_export\.tensors is damaged"),
         ({"labels": "5"}, "labels"),
         ({"labels": '"negative"'}, "labels"),
         ({"training": "[1]"}, "training"),

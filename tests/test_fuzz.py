@@ -33,7 +33,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save, save_file
 
-from lora_export import pipeline
+from lora_export import merged_files
 from lora_export.errors import LoraExportError
 
 LIMIT = 10  # seconds for one mutant; a sound one takes a twentieth of one

@@ -59,11 +59,12 @@ def upward(name: str, source: str) -> list[str]:
 
 
 def files() -> list[Path]:
-    return [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+    found = [*ROOT.rglob("*.py"), *ROOT.rglob("*.pyi")]  # the latter of what is written in C
+    return [path for path in sorted(found) if path != ROOT / "__init__.py"]
 
 
 def home(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return path.relative_to(ROOT).parts[0].removesuffix(".pyi").removesuffix(".py")
 
 
 def test_every_module_has_its_place_in_the_order():

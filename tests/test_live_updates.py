@@ -8,7 +8,7 @@ from live_made import CASES, Q, answer, base_of, load
 from on_disk import factors, keyed, numbers, pair
 from torch import nn
 
-from lora_export import load_adapter, merge, peft_names, pipeline, recomputed
+from lora_export import load_adapter, merge, merged_files, peft_names, recomputed
 from lora_export.errors import AdapterMismatch, InputError
 from lora_export.injection import attach, detach, extract, idle
 from lora_export.records import CONV, EMBEDDING, EXPERTS, Adapter, Factors, Rows

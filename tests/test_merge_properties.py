@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from on_disk import BF16, PREFIX, numbers, rounded
 
-from lora_export import pipeline, storage
+from lora_export import merged_files, storage
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
 PATH = "model.layers.{}.attn.{}"

@@ -6,10 +6,11 @@ import signal
 import numpy as np
 import on_disk
 import pytest
+import torch
 import transformers
 from on_disk import PREFIX, delta, factors, keyed, numbers, pair
 
-from lora_export import pipeline
+from lora_export import merged_files
 from lora_export.errors import AdapterMismatch, InputError
 from lora_export.models import MOST_LAYERS
 from lora_export.opening import DTYPES, Options, open_job
@@ -29,7 +30,7 @@ def llama(folder, **config):
     """A tiny Llama on disk."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | config))
     for index, parameter in enumerate(model.parameters()):
-        parameter.data = on_disk.torch.from_numpy(numbers(*parameter.shape, seed=index))
+        parameter.data = torch.from_numpy(numbers(*parameter.shape, seed=index))
     model.save_pretrained(folder)
     return folder
 

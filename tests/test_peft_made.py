@@ -15,7 +15,7 @@ import torch
 from peft_made import VARIANTS, cases, half_ulp
 from safetensors.torch import load_file
 
-from lora_export import pipeline
+from lora_export import merged_files
 from lora_export.errors import AdapterMismatch
 
 # All variants on the first, all architectures in the second, and what has few cases; else slow.

@@ -14,7 +14,7 @@ import safetensors.numpy
 import torch
 import transformers
 
-from lora_export import pipeline
+from lora_export import merged_files
 
 ROOT = Path(__file__).parent / "fixtures" / "peft_versions"
 CASES = sorted(place.parent for place in ROOT.glob("0.*/*/adapter_config.json"))

@@ -30,11 +30,18 @@ def planned(job, **changes):
 
 def seen_by(job, adapter, checkpoint=None):
     """The architecture of the job's model, as it lies in a checkpoint."""
-    return architecture(models.blank(job.config), checkpoint or job.checkpoint, names_of(adapter))
+    return architecture(model_of(job), checkpoint or job.checkpoint, names_of(adapter))
+
+
+def model_of(job):
+    """The job's model without weights, as transformers builds it: the plan did not need it."""
+    assert job.config is None
+    named = models.architecture_of(job.adapter, job.base)
+    return models.blank(models.config_of(job.base, named, job.adapter.labels, None))
 
 
 def tensors_of(job):
-    return set(models.blank(job.config).state_dict())
+    return set(model_of(job).state_dict())
 
 
 def test_every_base_tensor_is_in_a_step_or_dropped(job):

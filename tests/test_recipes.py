@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from lora_export import pipeline, read_adapter
+from lora_export import merged_files, read_adapter
 
 ROOT = Path(__file__).parent.parent
 POSITIVE = ["a great film", "the best cast", "i love it", "warm and charming", "very funny music"]

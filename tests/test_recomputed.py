@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_peft_made import distance, marked, peft_answers_wrong
 
-from lora_export import injection, merging, models, opening, pipeline, recomputed, stages
+from lora_export import injection, live, models, opening, pipeline, recomputed, stages
 from lora_export.errors import AdapterMismatch, InputError
 from lora_export.injection import attach, detach, idle
 from lora_export.lora import LoraLayer

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
-from lora_export import merging, pipeline, resolving
+from lora_export import merged_files, merging, resolving
 from lora_export.architecture import CONV1D, OTHER, names_of
 from lora_export.errors import AdapterMismatch
 from lora_export.plan import plan

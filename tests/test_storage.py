@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -5,11 +6,13 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from blake3 import blake3
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_export import storage
 from lora_export.errors import InputError
+from lora_export.records import FileDigest
 from lora_export.storage import NewTensor
 
 ARRAYS = {
@@ -325,7 +328,38 @@ def test_the_sha256_is_the_known_one(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     found = storage.digest(tmp_path / "abc")
     assert (found.name, found.size_bytes) == ("abc", 3)
-    assert found.sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert found.digest == "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_the_digest_of_safetensors_is_one_over_header_and_tensors(tmp_path):
+    file = tmp_path / "two.safetensors"
+    tensors = [NewTensor.of("b", np.arange(3.0)), NewTensor.of("a", np.arange(2**20))]
+    storage.write_safetensors(file, tensors, {"format": "pt"})
+    data = file.read_bytes()
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    parts = (header, np.arange(3.0).tobytes(), np.arange(2**20).tobytes())
+    lines = "\n".join(blake3(part).hexdigest() for part in parts)
+    expected = f"blake3-tensors:{blake3(lines.encode()).hexdigest()}"
+    assert storage.digest(file) == FileDigest("two.safetensors", len(data), expected)
+    hashes = dict(zip("ba", lines.split("\n")[1:], strict=True))
+    assert storage.file_digest(file, hashes) == storage.digest(file)
+
+
+@pytest.mark.parametrize("place", [0, -1], ids=["header", "data"])
+def test_the_digest_of_safetensors_changes_with_every_byte(tmp_path, place):
+    file = tmp_path / "x.safetensors"
+    storage.write_safetensors(file, [NewTensor.of("a", np.arange(3.0))], {"format": "pt"})
+    before, data = storage.digest(file).digest, bytearray(file.read_bytes())
+    data[place or data.index(b"pt")] ^= 1  # the metadata, where it is the header
+    file.write_bytes(data)
+    assert storage.digest(file).digest != before
+
+
+def test_a_damaged_safetensors_file_is_digested_whole(tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"abc")
+    expected = hashlib.sha256(b"abc").hexdigest()
+    assert storage.digest(file).digest == f"sha256:{expected}"
 
 
 def test_a_tree_is_digested_by_sorted_relative_names(tmp_path):

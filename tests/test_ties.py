@@ -9,7 +9,7 @@ import transformers
 from conftest import scale_up
 from safetensors.torch import load_file, save_file
 
-from lora_export import pipeline
+from lora_export import companions, merged_files
 from lora_export.errors import AdapterMismatch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of ties, each time
@@ -127,11 +127,7 @@ def test_two_updates_of_one_weight_are_not_added_up(tmp_path, base):
 
 
 def test_both_levels_of_a_config_are_untied(tmp_path):
-    from lora_export import merging
-    from lora_export.plan import MergePlan
-
     fields = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    plan = MergePlan("X", (), {}, {}, "lora", ())
-    found = merging._config_json(tmp_path, {"tie_word_embeddings": False}, plan)
+    found = companions.config_json(tmp_path, {"tie_word_embeddings": False}, None)
     assert found["tie_word_embeddings"] is found["text_config"]["tie_word_embeddings"] is False

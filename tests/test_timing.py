@@ -165,13 +165,3 @@ def test_no_shape_is_longer_than_the_model_accepts(clock):
     runners, _ = _runners(clock, **STEADY)
     found = timing.measure(runners, signature(max_length=5), threads=2, seed=0)
     assert {t.sequence for t in found} == {5}
-
-
-def test_at_least_one_thread_may_be_used():
-    assert timing.threads() >= 1
-
-
-def test_threads_are_known_where_the_system_has_no_affinity(monkeypatch):
-    fake = SimpleNamespace(cpu_count=lambda: None)
-    monkeypatch.setattr(timing, "os", fake)
-    assert timing.threads() == 1

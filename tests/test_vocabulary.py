@@ -6,7 +6,7 @@ import torch
 import transformers
 from conftest import scale_up
 
-from lora_export import pipeline
+from lora_export import merged_files
 from lora_export.errors import AdapterMismatch
 from lora_export.storage import Checkpoint, read_json
 

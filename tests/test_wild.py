@@ -19,7 +19,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lora_export import pipeline
+from lora_export import merged_files, pipeline
 from lora_export.errors import AdapterMismatch, InputError, LoraExportError
 
 PREFIX = "base_model.model."

@@ -32,7 +32,8 @@ def judge(evidence: Evidence) -> list[Verdict]:
         "unexplained",
         listed("changed without a reason", wrong)
         if wrong
-        else f"{len(account.base_changed)} changed, {len(account.base_identical)} identical, "
+        else f"{len(account.base_changed)} changed, {len(account.base_identical)} identical"
+        f"{' in a sample of their bytes' * account.is_sample}, "
         f"{len(account.base_dropped)} dropped with a reason",
     )
     return [adapter, base]

@@ -12,6 +12,12 @@ def judge(evidence: Evidence) -> list[Verdict]:
     if not audits:
         return [checks.not_run("exact", "merged weights", "no merged weight was audited")]
     elements = sum(audit.elements for audit in audits)
+    of = sum(audit.of for audit in audits)
+    sampled = (
+        f"; derived {elements:,} of {of:,} elements; `lora-export verify` derives all"
+        if elements < of
+        else ""
+    )
     worst = max(audits, key=lambda audit: (audit.misrounded, audit.largest_ulp))
     misrounded = checks.counted(
         "exact",
@@ -19,7 +25,7 @@ def judge(evidence: Evidence) -> list[Verdict]:
         sum(audit.misrounded for audit in audits),
         elements,
         "misrounded",
-        f"worst {worst.largest_ulp:.3f} ulp, in {worst.tensor}",
+        f"worst {worst.largest_ulp:.3f} ulp, in {worst.tensor}{sampled}",
     )
     lost = max(audits, key=lambda audit: audit.lost_share)
     unmoved = checks.counted(
@@ -28,6 +34,6 @@ def judge(evidence: Evidence) -> list[Verdict]:
         sum(audit.unmoved for audit in audits),
         elements,
         "stood still",
-        f"at most {lost.lost_share:.2e} of an update lost in rounding, in {lost.tensor}",
+        f"at most {lost.lost_share:.2e} of an update lost in rounding, in {lost.tensor}{sampled}",
     )
     return [misrounded, unmoved]

@@ -163,7 +163,8 @@ class Progress:
         """Say how many bytes of the present stage are done."""
         if self.shown is not self.bytes:
             self._show(self.bytes, total)
-        self.bytes.update(self.task, completed=done)
+        if self.shown is not None:
+            self.shown.update(self.task, completed=done)
 
     def end(self) -> None:
         """Say that the present stage is done."""
@@ -174,6 +175,8 @@ class Progress:
 
     def _show(self, bar: Any, total: int | None) -> None:
         self._hide()
+        if not self.console.is_terminal:
+            return
         self.shown, self.task = bar, bar.add_task(self.name, total=total)
         bar.start()
 

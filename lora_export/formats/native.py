@@ -41,14 +41,20 @@ def read(path: Path, reading: Reading | None = None) -> Adapter:
     base = _json(metadata, "base", path, {})
     labels = _json(metadata, "labels", path, [])
     training = _json(metadata, "training", path, {})
-    for name, value in (("config", config), ("base", base), ("training", training)):
+    tensors = _json(metadata, "tensors", path, {})
+    for name, value in (
+        ("config", config),
+        ("base", base),
+        ("training", training),
+        ("tensors", tensors),
+    ):
         if not isinstance(value, dict):
             raise InputError(f"{path}: metadata {_KEY}{name} is damaged")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise InputError(f"{path}: metadata {_KEY}labels is damaged")
     return dataclasses.replace(
         peft_names.read(infos, config, str(path), reading),
-        base=_base(base, path),
+        base=dataclasses.replace(_base(base, path), tensors=_shapes(tensors, path)),
         labels=tuple(labels),
         training=training,
         format="native",
@@ -58,10 +64,12 @@ def read(path: Path, reading: Reading | None = None) -> Adapter:
 
 def write(adapter: Adapter, path: Path) -> None:
     """Write `adapter` to `path`; the same adapter gives the same bytes."""
+    base = dataclasses.asdict(adapter.base)
     values = {
         "schema": SCHEMA,
         "config": peft_writing.config_of(adapter),
-        "base": dataclasses.asdict(adapter.base),
+        "tensors": base.pop("tensors"),  # a key of its own: older versions pass over it
+        "base": base,
         "labels": list(adapter.labels),
         "training": dict(adapter.training),
     }
@@ -84,13 +92,18 @@ def _base(fields: Mapping[str, Any], path: Path) -> BaseRef:
     try:
         known = dict(fields)
         mark = known.pop("fingerprint", None)
-        tensors = {name: tuple(shape) for name, shape in known.pop("tensors", {}).items()}
-        if not all(type(n) is int and n >= 0 for shape in tensors.values() for n in shape):
-            raise TypeError("expected shapes")
         found = Fingerprint(**mark) if mark else None
         texts = [*known.values(), *((found.sha256, found.dtype) if found else ())]
         if not all(isinstance(text, str | None) for text in texts):
             raise TypeError("expected texts")
-        return BaseRef(**known, fingerprint=found, tensors=tensors)
-    except (TypeError, AttributeError) as error:
+        return BaseRef(**known, fingerprint=found)
+    except TypeError as error:
         raise InputError(f"{path}: metadata {_KEY}base is damaged: {error}") from error
+
+
+def _shapes(fields: Mapping[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the tensors of the trained model."""
+    for name, shape in fields.items():
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            raise InputError(f"{path}: metadata {_KEY}tensors is damaged: {name} has no shape")
+    return {name: tuple(shape) for name, shape in fields.items()}

@@ -8,12 +8,13 @@ more of these functions; where two provide the same one, the later name wins:
     merged(weight, delta, magnitude)         the merged weight
 
 Weights are float64, numpy arrays or torch tensors alike, of shape (out, in), or
-(experts, out, in); delta = s B A has the same shape, and magnitude is (out,) or None. `merged` goes
-row by row. Embeddings come as (dim, vocab), kernels flattened to
-(out, in * kernel). Rounding to the base's dtype is the caller's, once.
+(experts, out, in); delta = s B A has the same shape, and magnitude is (out,) or None. Embeddings
+come as (dim, vocab), kernels flattened to (out, in * kernel). `merged` goes row by row. Where there
+is no magnitude and no changed base, the merged weight is the sum, whatever the variant. Rounding to
+the base's dtype is the caller's, once.
 
 What has no equation of its own has no file: biases and heads are stored whole, an embedding, a
-convolution or fused experts are the same equations in another layout (see `layout`).
+convolution or fused experts are the same equations in another layout.
 """
 
 from collections.abc import Callable
