@@ -31,7 +31,7 @@ from lora_export.environment import cores
 from lora_export.errors import InputError
 from lora_export.plan import MergePlan, Step
 from lora_export.records import Adapter, Array, FileDigest
-from lora_export.storage import Checkpoint, Hash, TensorInfo, file_digest
+from lora_export.storage import Checkpoint, Hash, TensorInfo, file_digest, read_header
 
 MOST_WORKERS = 16
 SYNC_BYTES = 2**28  # written before the disk is asked to begin
@@ -132,10 +132,10 @@ class _Stream:
         try:
             with ThreadPoolExecutor(1) as self.syncer:
                 self._open()
-                before = self._times()
+                self._refuse_another_base()
+                before = [_identity(os.fstat(handle)) for handle in self.base.values()]
                 self._work_in_threads()
-                if self._times() != before:
-                    raise InputError(f"{self.checkpoint.root} changed while it was read")
+                self._refuse_another_base(before)
                 base = tuple(
                     file_digest(self.checkpoint.root / name, self.base_digests)
                     for name in self.checkpoint.shards
@@ -161,9 +161,18 @@ class _Stream:
             _reserve(handle, file.size)
             self._write(file, 0, np.frombuffer(file.header, np.uint8))
 
-    def _times(self) -> list[tuple[int, int]]:
-        found = [os.fstat(handle) for handle in self.base.values()]
-        return [(stat.st_mtime_ns, stat.st_size) for stat in found]
+    def _refuse_another_base(self, before: "list[_Identity] | None" = None) -> None:
+        """Raise unless the files are those that the plan was made from, and as they were."""
+        paths = [self.checkpoint.root / name for name in self.base]
+        try:
+            now = [_identity(path.stat()) for path in paths]
+            headers = [read_header(path)[0] for path in paths]
+        except (OSError, InputError) as error:
+            raise InputError(f"{self.checkpoint.root} changed while it was read") from error
+        opened = [_identity(os.fstat(handle)) for handle in self.base.values()]
+        tensors = {name: info for header in headers for name, info in header.items()}
+        if now != (before or opened) or tensors != self.checkpoint.tensors:
+            raise InputError(f"{self.checkpoint.root} changed while it was read")
 
     # ------------------------------------------------------------ workers
 
@@ -353,6 +362,13 @@ class _Stream:
             self.base_digests[task.source.name] = str(now)
         self.digests[step.name] = str(digest)
         return True
+
+
+_Identity = tuple[int, int, int, int]
+
+
+def _identity(stat: os.stat_result) -> _Identity:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _reserve(handle: int, size: int) -> None:
