@@ -34,7 +34,6 @@ from lora_export.records import Adapter, Array, FileDigest
 from lora_export.storage import Checkpoint, Hash, TensorInfo, file_digest, read_header
 
 MOST_WORKERS = 16
-SYNC_BYTES = 2**28  # written before the disk is asked to begin
 # What tells that the kernel cannot copy between these two files.
 _NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 Advance = Callable[[int, int], None]  # takes bytes written, and bytes in all
@@ -97,7 +96,6 @@ class _Output:
     handle: int
     left: int  # bytes
     lock: threading.Lock
-    unsynced: int = 0
 
 
 class _Stream:
@@ -316,17 +314,13 @@ class _Stream:
                 done += os.pwrite(output.handle, data[done:].data, offset + done)
 
     def _wrote(self, file: OutputFile, size: int) -> None:
-        """Count `size` bytes; have the disk begin, and end, while we go on."""
+        """Count `size` bytes; while we go on, a file that is complete goes to the disk."""
         output = self.outputs[file.name]
         with self.lock:
             self.done += size
             output.left -= size
-            output.unsynced += size
             if output.left == 0:
                 self.syncing.append(self.syncer.submit(os.fsync, output.handle))
-            elif output.unsynced >= SYNC_BYTES:
-                output.unsynced = 0
-                self.syncing.append(self.syncer.submit(os.fdatasync, output.handle))
             self.advance(self.done, self.total)
 
     def _refuse_full_disk(self) -> None:

@@ -215,15 +215,6 @@ def test_without_a_call_that_reserves_room_it_goes_on(job, monkeypatch):
     job.check(job.write())
 
 
-def test_files_that_are_synced_in_between_are_the_same(job, monkeypatch):
-    synced = []
-    real = os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda f: (synced.append(f), real(f)))
-    monkeypatch.setattr(streaming, "SYNC_BYTES", 5000)
-    job.check(job.write())
-    assert synced
-
-
 def test_every_file_is_synced_whole(job, monkeypatch):
     """After its last byte was written."""
     sizes, real = {}, os.fsync

@@ -330,6 +330,27 @@ def test_no_file_is_closed_while_a_thread_writes_to_it(place, monkeypatch):
     assert beside(place / "merged") == INPUTS
 
 
+def test_a_thread_stops_within_its_tensor_when_another_fails(tmp_path, monkeypatch):
+    """Or Ctrl-C would take as long as the largest tensor."""
+    size = {"layers": 1, "width": 1024, "rows": 8}  # 16 blocks each
+    transactions.base(tmp_path / "base", **size)
+    transactions.adapter(tmp_path / "adapter", **size)
+    write, after = streaming._Stream._write, []
+
+    def failing_late(stream, file, offset, data):
+        if stream.failure is not None:
+            after.append(offset)
+        write(stream, file, offset, data)
+        if offset > len(file.header):
+            stream.failure = stream.failure or Stop()
+
+    monkeypatch.setattr(streaming._Stream, "_write", failing_late)
+    with pytest.raises(Stop):
+        merge(tmp_path)
+    assert len(after) <= streaming.cores()
+    assert beside(tmp_path / "merged") == INPUTS
+
+
 # ---------------------------------------------------------------- what is left behind
 
 
@@ -501,6 +522,18 @@ def test_a_merge_that_is_killed_after_the_exchange_is_put_right(place, old, new,
     (staging,) = stagings(place)
     assert tree(staging / "files" / "merged") == old
     merge(place, overwrite=True, resume=resume)
+    assert tree(place / "merged") == new
+    assert beside(place / "merged") == INPUTS
+
+
+def test_what_was_replaced_long_ago_is_not_put_back(place, new):
+    """A run was killed while it cleaned up, and another one goes on in what it left."""
+    staging = leave(place, files=("../replaced/merged/one",))
+    for name in ("files", "placed"):
+        (staging / name).mkdir(exist_ok=True)
+    killed(place, "--resume", prelude=PARTLY)
+    assert stagings(place) == [staging]
+    merge(place, resume=True)
     assert tree(place / "merged") == new
     assert beside(place / "merged") == INPUTS
 

@@ -79,9 +79,9 @@ def _run(words: list[str]) -> int:
     except LoraExportError as error:
         return _fail(words, str(error), type(error).__name__, error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        return _fail(words, "interrupted; nothing was left behind", "Interrupted", 130)
+        return _fail(words, "interrupted; the output is as it was", "Interrupted", 130)
     except _Terminated:
-        return _fail(words, "terminated; nothing was left behind", "Terminated", 143)
+        return _fail(words, "terminated; the output is as it was", "Terminated", 143)
     except BrokenPipeError:
         return 1
     except Exception as error:  # the last resort: a bug still gets an exit code and its object
