@@ -34,6 +34,7 @@ from lora_export.records import Adapter, Array, FileDigest
 from lora_export.storage import Checkpoint, Hash, TensorInfo, file_digest, read_header
 
 MOST_WORKERS = 16
+COPY_BYTES = 2**24  # hashed, and then copied, at a time
 # What tells that the kernel cannot copy between these two files.
 _NO_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM)
 Advance = Callable[[int, int], None]  # takes bytes written, and bytes in all
@@ -243,31 +244,46 @@ class _Stream:
             self._note(task, step)
 
     def _copy(self, task: _Task, step: Step) -> None:
-        """Have the kernel copy the tensor, by reference where the file system can."""
+        """Hash the tensor, and have the kernel copy it, by reference where the file system can."""
         assert task.source is not None
         assert task.file is not None
-        digest = self._hash_of_base(task.source)
-        self.base_digests[task.source.name] = self.digests[step.name] = digest
-        source, output = self.base[task.source.file.name], self.outputs[task.file.name]
-        start, size, done = task.source.start, step.size, 0
-        while done < size:
-            self._stop_where_another_failed()
-            most = min(size - done, 64 * BLOCK_BYTES)
-            try:
-                with output.lock:
-                    count = os.copy_file_range(
-                        source, output.handle, most, start + done, task.offset + done
-                    )
-            except (AttributeError, OSError) as error:
-                if isinstance(error, OSError) and error.errno not in _NO_COPY:
-                    raise
-                count = 0
-            if count == 0:  # by hand
-                block = self._read(task.source, start + done, min(most, BLOCK_BYTES))
-                self._put(output, task.offset + done, block)
-                count = len(block)
-            done += count
-            self._wrote(task.file, count)
+        start, read = task.source.start, Hash()
+        for first in range(0, step.size, COPY_BYTES):  # what was just read is still in memory
+            last = min(first + COPY_BYTES, step.size)
+            for place in range(first, last, BLOCK_BYTES):
+                self._stop_where_another_failed()
+                size = min(BLOCK_BYTES, last - place)
+                read.update(self._read(task.source, start + place, size))
+            done = first
+            while done < last:
+                done += self._copy_some(task.source, task.file, done, task.offset, last - done)
+        self.base_digests[task.source.name] = self.digests[step.name] = read.digest
+
+    def _copy_some(
+        self, source: TensorInfo, file: OutputFile, place: int, offset: int, most: int
+    ) -> int:
+        """Copy up to `most` bytes from `place` in the tensor on; return how many."""
+        output, count = self.outputs[file.name], 0
+        try:
+            with output.lock:
+                count = os.copy_file_range(
+                    self.base[source.file.name],
+                    output.handle,
+                    most,
+                    source.start + place,
+                    offset + place,
+                )
+        except AttributeError:  # no such call on this system
+            pass
+        except OSError as error:
+            if error.errno not in _NO_COPY:
+                raise
+        if count == 0:  # by hand
+            block = self._read(source, source.start + place, min(most, BLOCK_BYTES))
+            self._put(output, offset + place, block)
+            count = len(block)
+        self._wrote(file, count)
+        return count
 
     def _compute(self, task: _Task, made: blocks.Computed) -> None:
         assert task.file is not None
