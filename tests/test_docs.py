@@ -132,6 +132,21 @@ def test_the_figures_of_the_readme_are_those_of_the_shipped_certificate():
             assert f"{value:.1f}" == stated
 
 
+def test_the_figures_of_the_merge_are_those_of_the_shipped_benchmark():
+    shipped = (ROOT / "artifacts" / "bench" / "bench_merge.md").read_text("utf-8")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shipped.splitlines()]
+    known = {(row[1], row[2]): row for row in cells if len(row) == 14 and row[0] == "2.2"}
+    shown = re.findall(r"^\| ([\w +-]+) \| (all|qv|-) \|((?: [\d.]+ \|){5})$", README, re.M)
+    assert {row[:2] for row in shown} == known.keys()
+    for tool, adapter, rest in shown:
+        row = known[tool, adapter]
+        numbers = [number.strip() for number in rest.split("|")[:-1]]
+        assert numbers == [row[5], row[8], row[10], row[12], row[13]]
+    parts = {(row[1], row[3]): row[5] for row in cells if len(row) == 7 and row[0] == "2.2"}
+    assert f"take {parts['all', 'streaming']} times `cp -r`" in README
+    assert f"and {parts['qv', 'streaming']} times with q and v" in README
+
+
 def test_contributing_is_short():
     assert len(DOCUMENTS[1].splitlines()) <= 80
 

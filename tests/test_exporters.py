@@ -149,6 +149,7 @@ def test_torchscript_runs_where_only_torch_is_imported(subject, tmp_path):
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes_in_a_fresh_process(subject, tmp_path):
     """Names inside a trace count up within one process, so each export gets its own."""
     code = (
@@ -167,7 +168,13 @@ def test_the_same_model_gives_the_same_bytes_in_a_fresh_process(subject, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "family", ["distilbert", "roberta", "gpt2-cls", "llama-cls", "gpt2", "opt"]
+    "family",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "llama-cls", "gpt2")),
+        "distilbert",
+        "gpt2-cls",
+        "opt",
+    ],
 )
 @pytest.mark.parametrize("name", exporters.names())
 def test_other_families_export_without_code_of_their_own(tiny, tiny_base, tmp_path, family, name):
