@@ -849,7 +849,11 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 def stopped(place, number, *options, times=1):
     """Send a signal when one tensor is written; return the exit code and stderr."""
-    process = started(place / "adapter", place / "base", place / "merged", *options, prelude=SLOW)
+    # A shell that runs the tests in the background has its children ignore Ctrl-C.
+    prelude = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{SLOW}"
+    process = started(
+        place / "adapter", place / "base", place / "merged", *options, prelude=prelude
+    )
     with process:
         assert process.stdout.readline().startswith("one")
         for _ in range(times):
