@@ -168,13 +168,7 @@ def test_the_same_model_gives_the_same_bytes_in_a_fresh_process(subject, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "family",
-    [
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "llama-cls", "gpt2")),
-        "distilbert",
-        "gpt2-cls",
-        "opt",
-    ],
+    "family", ["distilbert", "roberta", "gpt2-cls", "llama-cls", "gpt2", "opt"]
 )
 @pytest.mark.parametrize("name", exporters.names())
 def test_other_families_export_without_code_of_their_own(tiny, tiny_base, tmp_path, family, name):

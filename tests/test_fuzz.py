@@ -1691,7 +1691,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+LONG = ("ranks that backtrack", "alphas that backtrack")  # as their sibling does
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=pytest.mark.slow if name in LONG else ())
+        for name, changes in CONFIGS.items()
+    ],
+)
 def test_a_config_that_asks_for_too_much_ends_soon_and_in_little_memory(corpus, tmp_path, changes):
     """Some of these mean nothing and may merge; none may take long, or raise what it should not."""
     made = plain_of(corpus, "llama", "plain", "peft")

@@ -480,7 +480,8 @@ def peak_of(folder, count, shape, dtype):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
-@pytest.mark.parametrize("dtype", ["BF16", pytest.param("F32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, dtype):
     """100 MB and 400 MB: of more tensors, and of larger ones, whose factors are larger too."""
     small = peak_of(tmp_path / "small", 25, (2048, 1024), dtype)
