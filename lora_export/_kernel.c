@@ -81,7 +81,7 @@ typedef uint64_t u64x8 __attribute__((vector_size(64)));
 /* weight, out: `rows` rows of `stride` elements, of which `cols` from the given pointers on;
  * left (rows, rank), right (rank, cols), slack (rows). Needs rows >= ROWS and
  * cols >= VECTORS * lanes. Returns how many elements are undecided; the first `capacity` of them
- * are listed as row * cols + column, some of them twice. */
+ * are listed as AT(row, column), some of them twice. */
 #define KERNEL(NAME, STORED, STOREDV, WIDE, WIDEV, BITSV, LANES, READ, BITS, MOST, ULPS) \
     /* sum = left x right for one tile. A function of its own, so that the compiler keeps the \
      * partial sums in registers. */ \

@@ -15,6 +15,9 @@ def merge(
     left: npt.NDArray[Any],
     right: npt.NDArray[Any],
     slack: npt.NDArray[Any],
+    exact_left: npt.NDArray[Any],
+    exact_right: npt.NDArray[Any],
+    scale: float,
     undecided: npt.NDArray[Any],
     /,
 ) -> int: ...

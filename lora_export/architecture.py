@@ -1,7 +1,8 @@
 """What a plan needs to know of a model: its tensors, its layers, and where they lie on disk.
 
-Two ways lead here. `read_off` takes a checkpoint whose own names and shapes say it all, and imports
-nothing. Anything else needs the model, built without weights: `models.architecture`.
+Three ways lead here. `read_off` takes a checkpoint whose own names and shapes say it all,
+`as_trained` an adapter that names every tensor of its model; both import nothing. Anything else
+needs the model, built without weights: `resolving.architecture`.
 """
 
 import functools

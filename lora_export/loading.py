@@ -1,6 +1,5 @@
 """Load a merged model as any user would, and look at what it consists of."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +7,7 @@ from torch import nn
 from lora_export import merging, models, storage
 from lora_export.companions import PROVENANCE
 from lora_export.errors import InputError, listed
-from lora_export.records import Adapter, Modules
+from lora_export.records import Adapter, Modules, lora_names
 
 
 def load_merged(folder: Path) -> nn.Module:
@@ -53,8 +52,3 @@ def modules_of(model: nn.Module) -> Modules:
         found=models.module_classes(model),
         lora_names=lora_names(names, known),
     )
-
-
-def lora_names(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
-    """Return the `names` that speak of LoRA, where the architecture itself does not."""
-    return tuple(sorted(n for n in {*names} - {*known} if "lora" in n.lower()))

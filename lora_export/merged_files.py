@@ -28,6 +28,7 @@ from lora_export.records import (
     Measurement,
     Modules,
     WeightAudit,
+    lora_names,
 )
 from lora_export.storage import Checkpoint
 from lora_export.streaming import Advance
@@ -108,7 +109,7 @@ def merged_modules(job: Job, folder: Path) -> Modules:
     return Modules(
         expected={name: str(shape) for name, shape in job.tensors.items()},
         found={name: str(info.shape) for name, info in found.items()},
-        lora_names=tuple(sorted(n for n in {*found} - {*job.tensors} if "lora" in n.lower())),
+        lora_names=lora_names(found, job.tensors),
         claim=f"the tensors are those of {whose}, by name and shape",
     )
 

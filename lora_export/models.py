@@ -291,7 +291,13 @@ def _model_class(architecture: str) -> Any:
     import transformers
 
     kind = getattr(transformers, architecture, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+    # The abstract class has no config of its own, and once built it answers for every model of the
+    # process that it can switch experts (transformers keeps that answer on the class).
+    if (
+        not isinstance(kind, type)
+        or not issubclass(kind, transformers.PreTrainedModel)
+        or kind.config_class is None
+    ):
         raise InputError(f"transformers {transformers.__version__} has no model {architecture!r}")
     return kind
 

@@ -4,7 +4,7 @@ Shapes are written in plain letters: `in`, `out`, `rank`, `batch`, `sequence`, `
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -293,6 +293,11 @@ class Modules:
     found: Mapping[str, str]  # of the merged model, loaded from disk
     lora_names: tuple[str, ...]  # tensors or modules that still carry LoRA
     claim: str = "the module tree is the architecture's"  # what it means that the two are equal
+
+
+def lora_names(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Return the `names` that speak of LoRA, where what is `known` of the model does not."""
+    return tuple(sorted(name for name in {*names} - {*known} if "lora" in name.lower()))
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ MOST_AXES = 32  # of a numpy array
 LFS_POINTER = b"version https://git-lfs"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PIECE = 2**20  # bytes hashed at a time
 TENSORS = "blake3-tensors"  # name of the digest of a safetensors file
 
 
@@ -269,20 +270,32 @@ def sha256_of(*files: Path) -> str:
     return hashlib.sha256("\n".join(map(sha256, files)).encode()).hexdigest()
 
 
-class Hash:
-    """The BLAKE3 hash of bytes that come piece by piece."""
+def read_into(view: Array, handle: int, start: int) -> None:
+    """Fill `view` with the bytes of an open file from `start` on.
 
-    def __init__(self) -> None:
-        self._hash = blake3()
+    Raises:
+        InputError: the file ends before that.
+    """
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done:].data], start + done)
+        if count == 0:
+            raise InputError("a file became shorter while it was read")
+        done += count
 
-    def update(self, data: Any) -> None:
-        """Take in the next bytes."""
-        self._hash.update(data)
 
-    @property
-    def digest(self) -> str:
-        """The digest of the bytes so far, in hexadecimal."""
-        return str(self._hash.hexdigest())
+def hash_of(handle: int, start: int, end: int) -> str:
+    """Return the BLAKE3 hash of bytes `start` to `end` of an open file, in hexadecimal.
+
+    Raises:
+        InputError: the file ends before that.
+    """
+    found, buffer = blake3(), np.empty(min(_PIECE, end - start), np.uint8)
+    for place in range(start, end, _PIECE):
+        view = buffer[: end - place]
+        read_into(view, handle, place)
+        found.update(view.data)
+    return str(found.hexdigest())
 
 
 def digest(path: Path, name: str | None = None) -> FileDigest:
@@ -293,9 +306,10 @@ def digest(path: Path, name: str | None = None) -> FileDigest:
     if path.suffix == ".safetensors":
         with contextlib.suppress(InputError):  # damaged: then all of it counts
             tensors, _ = read_header(path)
-            with ThreadPoolExecutor() as pool:
-                hashes = pool.map(_hash_of_tensor, tensors.values())
-            found = file_digest(path, dict(zip(tensors, hashes, strict=True)))
+            with path.open("rb") as stream, ThreadPoolExecutor() as pool:
+                handle = stream.fileno()
+                hashes = pool.map(lambda t: hash_of(handle, t.start, t.end), tensors.values())
+                found = file_digest(path, dict(zip(tensors, hashes, strict=True)))
             return dataclasses.replace(found, name=name or path.name)
     return FileDigest(name or path.name, path.stat().st_size, f"sha256:{sha256(path)}")
 
@@ -307,29 +321,11 @@ def file_digest(path: Path, tensors: Mapping[str, str]) -> FileDigest:
     file, each the BLAKE3 hash of its bytes. Cores share the work, a merge that copies a tensor
     hashes it once, and BLAKE3 is several times faster than SHA-256.
     """
-    header = Hash()
-    header.update(raw_header(path))
     infos, _ = read_header(path)
     order = sorted(infos.values(), key=lambda info: (info.start, info.end))
-    lines = [header.digest, *(tensors[info.name] for info in order)]
-    found = Hash()
-    found.update("\n".join(lines).encode())
-    return FileDigest(path.name, path.stat().st_size, f"{TENSORS}:{found.digest}")
-
-
-def _hash_of_tensor(info: TensorInfo) -> str:
-    found = Hash()
-    buffer = memoryview(bytearray(min(2**20, info.end - info.start)))
-    with info.file.open("rb", buffering=0) as stream:
-        stream.seek(info.start)
-        left = info.end - info.start
-        while left:
-            count = stream.readinto(buffer[: min(left, len(buffer))])
-            if not count:
-                raise InputError(f"{info.file} became shorter while it was read")
-            found.update(buffer[:count])
-            left -= count
-    return found.digest
+    lines = [blake3(raw_header(path)).hexdigest(), *(tensors[info.name] for info in order)]
+    found = blake3("\n".join(lines).encode()).hexdigest()
+    return FileDigest(path.name, path.stat().st_size, f"{TENSORS}:{found}")
 
 
 def digest_tree(root: Path, prefix: str = "") -> tuple[FileDigest, ...]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import threadpoolctl
+from blake3 import blake3
 
 from lora_export import blocks, rounding
 from lora_export.arithmetic import scratch
@@ -31,7 +32,14 @@ from lora_export.environment import cores
 from lora_export.errors import InputError
 from lora_export.plan import MergePlan, Step
 from lora_export.records import Adapter, Array, FileDigest
-from lora_export.storage import Checkpoint, Hash, TensorInfo, file_digest, read_header
+from lora_export.storage import (
+    Checkpoint,
+    TensorInfo,
+    file_digest,
+    hash_of,
+    read_header,
+    read_into,
+)
 
 MOST_WORKERS = 16
 COPY_BYTES = 2**24  # hashed, and then copied, at a time
@@ -82,12 +90,12 @@ def write(
 
 @dataclass(frozen=True)
 class _Task:
-    """One tensor: of the output, or of the base only, to be hashed."""
+    """One tensor of the output."""
 
+    step: Step
     source: TensorInfo | None
-    step: Step | None = None
-    file: OutputFile | None = None
-    offset: int = 0  # in that file
+    file: OutputFile
+    offset: int  # in that file
 
 
 @dataclass
@@ -131,10 +139,11 @@ class _Stream:
         try:
             with ThreadPoolExecutor(1) as self.syncer:
                 self._open()
-                self._refuse_another_base()
-                before = [_identity(os.fstat(handle)) for handle in self.base.values()]
+                opened = [_identity(os.fstat(handle)) for handle in self.base.values()]
+                self._refuse_other_headers()
+                self._refuse_other_files(opened)
                 self._work_in_threads()
-                self._refuse_another_base(before)
+                self._refuse_other_files(opened)
                 base = tuple(
                     file_digest(self.checkpoint.root / name, self.base_digests)
                     for name in self.checkpoint.shards
@@ -160,38 +169,49 @@ class _Stream:
             _reserve(handle, file.size)
             self._write(file, 0, np.frombuffer(file.header, np.uint8))
 
-    def _refuse_another_base(self, before: "list[_Identity] | None" = None) -> None:
-        """Raise unless the files are those that the plan was made from, and as they were."""
-        paths = [self.checkpoint.root / name for name in self.base]
+    def _refuse_other_headers(self) -> None:
+        """Raise unless the base still has the headers that the plan was made from."""
+        found: dict[str, TensorInfo] = {}
+        with contextlib.suppress(InputError):  # damaged, or gone
+            for name in self.base:
+                found |= read_header(self.checkpoint.root / name)[0]
+        if found != self.checkpoint.tensors:
+            raise self._changed()
+
+    def _refuse_other_files(self, opened: "list[_Identity]") -> None:
+        """Raise unless the base's names stand for the files that were opened, as they were."""
         try:
-            now = [_identity(path.stat()) for path in paths]
-            headers = [read_header(path)[0] for path in paths]
-        except (OSError, InputError) as error:
-            raise InputError(f"{self.checkpoint.root} changed while it was read") from error
-        opened = [_identity(os.fstat(handle)) for handle in self.base.values()]
-        tensors = {name: info for header in headers for name, info in header.items()}
-        if now != (before or opened) or tensors != self.checkpoint.tensors:
-            raise InputError(f"{self.checkpoint.root} changed while it was read")
+            now = [_identity((self.checkpoint.root / name).stat()) for name in self.base]
+        except OSError as error:
+            raise self._changed() from error
+        if now != opened:
+            raise self._changed()
+
+    def _changed(self) -> InputError:
+        return InputError(f"{self.checkpoint.root} changed while it was read")
 
     # ------------------------------------------------------------ workers
 
-    def _tasks(self) -> Iterator[_Task]:
-        """Return all tasks, files in turn, so that workers mostly write to different ones."""
+    def _tasks(self) -> Iterator[_Task | TensorInfo]:
+        """Return all tasks, files in turn, so that workers mostly write to different ones.
+
+        What the output does not use of the base is a task as well: it is hashed.
+        """
         tensors = self.checkpoint.tensors
-        rows: list[list[_Task]] = [
+        rows: list[list[_Task | TensorInfo]] = [
             [
-                _Task(tensors[step.source] if step.source else None, step, file, offset)
+                _Task(step, tensors[step.source] if step.source else None, file, offset)
                 for step, offset in file.places
             ]
             for file in self.files
         ]
         used = {step.source for step in self.plan.steps}
-        rows.append([_Task(info) for name, info in tensors.items() if name not in used])
+        rows.append([info for name, info in tensors.items() if name not in used])
         for tasks in itertools.zip_longest(*rows):
             yield from filter(None, tasks)
 
     def _work_in_threads(self) -> None:
-        tasks: queue.SimpleQueue[_Task] = queue.SimpleQueue()
+        tasks: queue.SimpleQueue[_Task | TensorInfo] = queue.SimpleQueue()
         for task in self._tasks():
             tasks.put(task)
         count = min(cores(), MOST_WORKERS)
@@ -213,7 +233,7 @@ class _Stream:
         if self.failure is not None:
             raise self.failure
 
-    def _work(self, tasks: "queue.SimpleQueue[_Task]") -> None:
+    def _work(self, tasks: "queue.SimpleQueue[_Task | TensorInfo]") -> None:
         with contextlib.suppress(queue.Empty):
             while self.failure is None:
                 try:
@@ -227,37 +247,33 @@ class _Stream:
         if self.failure is not None:
             raise self.failure
 
-    def _do(self, task: _Task) -> None:
-        if task.step is None or task.file is None:
-            assert task.source is not None
-            self.base_digests[task.source.name] = self._hash_of_base(task.source)
-            return
-        step = task.step
-        if self._is_done(task, step):
-            self._wrote(task.file, step.size)
+    def _do(self, task: _Task | TensorInfo) -> None:
+        if isinstance(task, TensorInfo):
+            self.base_digests[task.name] = self._hash_of_base(task)
+        elif self._is_done(task):
+            self._wrote(task.file, task.step.size)
         else:
-            made = blocks.computed(step, self.plan, self.adapter, self.checkpoint)
-            if made is None:
-                self._copy(task, step)
-            else:
+            made = blocks.computed(task.step, self.plan, self.adapter, self.checkpoint)
+            if made is not None:
                 self._compute(task, made)
-            self._note(task, step)
+            else:
+                assert task.source is not None
+                self._copy(task.source, task)
+            self._note(task, task.step)
 
-    def _copy(self, task: _Task, step: Step) -> None:
+    def _copy(self, source: TensorInfo, task: _Task) -> None:
         """Hash the tensor, and have the kernel copy it, by reference where the file system can."""
-        assert task.source is not None
-        assert task.file is not None
-        start, read = task.source.start, Hash()
-        for first in range(0, step.size, COPY_BYTES):  # what was just read is still in memory
-            last = min(first + COPY_BYTES, step.size)
+        size, read = task.step.size, blake3()
+        for first in range(0, size, COPY_BYTES):  # what was just read is still in memory
+            last = min(first + COPY_BYTES, size)
             for place in range(first, last, BLOCK_BYTES):
                 self._stop_where_another_failed()
-                size = min(BLOCK_BYTES, last - place)
-                read.update(self._read(task.source, start + place, size))
+                end = min(place + BLOCK_BYTES, last)
+                read.update(self._read(source, source.start + place, end - place).data)
             done = first
             while done < last:
-                done += self._copy_some(task.source, task.file, done, task.offset, last - done)
-        self.base_digests[task.source.name] = self.digests[step.name] = read.digest
+                done += self._copy_some(source, task.file, done, task.offset, last - done)
+        self.base_digests[source.name] = self.digests[task.step.name] = read.hexdigest()
 
     def _copy_some(
         self, source: TensorInfo, file: OutputFile, place: int, offset: int, most: int
@@ -286,38 +302,37 @@ class _Stream:
         return count
 
     def _compute(self, task: _Task, made: blocks.Computed) -> None:
-        assert task.file is not None
-        read, written, bad = Hash(), Hash(), 0
+        read, written, bad = blake3(), blake3(), 0
         for block in made.blocks:
             self._stop_where_another_failed()
             raw = None
             if block.source is not None and made.source is not None:
                 start, stop = block.source
                 raw = self._read(made.source, start, stop - start)
-                read.update(raw)
+                read.update(raw.data)
             data, count = block.make(raw)
             data = data.reshape(-1).view(np.uint8)
             bad += count
-            written.update(data)
+            written.update(data.data)
             self._write(task.file, task.offset + block.start, data)
         step = made.step
         if bad:
             size = int(np.prod(step.shape))
             raise InputError(f"{step.name}: {rounding.not_finite(bad, size, step.dtype)}")
         if made.source is not None:
-            self.base_digests[made.source.name] = read.digest
-        self.digests[step.name] = written.digest
+            self.base_digests[made.source.name] = read.hexdigest()
+        self.digests[step.name] = written.hexdigest()
 
     # ------------------------------------------------------------ bytes
 
     def _read(self, info: TensorInfo, start: int, size: int) -> Array:
         """Return bytes of the base, in memory that this thread's next call uses again."""
         view = scratch("read", size, np.uint8)
-        _fill(view, self.base[info.file.name], start)
+        read_into(view, self.base[info.file.name], start)
         return view
 
     def _hash_of_base(self, info: TensorInfo) -> str:
-        return _hash_of(self.base[info.file.name], info.start, info.end)
+        return hash_of(self.base[info.file.name], info.start, info.end)
 
     def _write(self, file: OutputFile, offset: int, data: Array) -> None:
         self._put(self.outputs[file.name], offset, data)
@@ -359,18 +374,23 @@ class _Stream:
         with self.lock, self.journal.open("a", encoding="utf-8") as stream:
             stream.write(line)
 
-    def _is_done(self, task: _Task, step: Step) -> bool:
+    def _is_done(self, task: _Task) -> bool:
         """Return whether the journal knows the tensor, and it and its source are as it says."""
-        if step.name not in self.known or task.file is None:
+        name, source = task.step.name, task.source
+        if name not in self.known:
             return False
-        base, digest = self.known[step.name]
-        now = self._hash_of_base(task.source) if task.source is not None else None
-        handle = self.outputs[task.file.name].handle
-        if now != base or _hash_of(handle, task.offset, task.offset + step.size) != digest:
+        base, digest = self.known[name]
+        now = self._hash_of_base(source) if source is not None else None
+        handle, end = self.outputs[task.file.name].handle, task.offset + task.step.size
+        try:
+            written = hash_of(handle, task.offset, end)
+        except InputError:  # it was not written so far
             return False
-        if task.source is not None:
-            self.base_digests[task.source.name] = str(now)
-        self.digests[step.name] = str(digest)
+        if (now, written) != (base, digest):
+            return False
+        if source is not None:
+            self.base_digests[source.name] = str(now)
+        self.digests[name] = written
         return True
 
 
@@ -389,28 +409,6 @@ def _reserve(handle: int, size: int) -> None:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
-
-
-def _fill(view: Array, handle: int, start: int) -> None:
-    """Fill `view` with the bytes of a file from `start` on."""
-    done = 0
-    while done < len(view):
-        count = os.preadv(handle, [view[done:].data], start + done)
-        if count == 0:
-            raise InputError("a file became shorter while it was read")
-        done += count
-
-
-def _hash_of(handle: int, start: int, end: int) -> str:
-    found = Hash()
-    for place in range(start, end, BLOCK_BYTES):
-        view = scratch("hash", min(BLOCK_BYTES, end - place), np.uint8)
-        try:
-            _fill(view, handle, place)
-        except InputError:
-            return "none"  # nothing has this digest
-        found.update(view)
-    return found.digest
 
 
 def _journaled(journal: Path | None) -> dict[str, tuple[Any, Any]]:

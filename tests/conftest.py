@@ -237,3 +237,35 @@ def tiny_adapter(
         return path, model
 
     return make
+
+
+# ---------------------------------------------------------------- for tests of several files
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`bases(family)`: a directory with the tiny base of that family of live_made.py."""
+    from live_made import base_of
+
+    root = tmp_path_factory.mktemp("bases")
+    return lambda family: base_of(family, root)
+
+
+@pytest.fixture
+def call(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """`call(*words)`: run the command line in an empty folder; its exit code, stdout, stderr."""
+    from lora_export import cli, timing
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 20)
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 20)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit, match=r"^\d+$") as ended:
+            cli.main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return int(str(ended.value.code)), printed.out, printed.err
+
+    return run

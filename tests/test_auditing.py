@@ -10,7 +10,7 @@ import pytest
 from hand_made import edit_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_made import CASES, base_of
+from live_made import CASES
 
 from lora_export import auditing, checks, merged_files, storage
 from lora_export.opening import Options, open_job
@@ -284,13 +284,6 @@ def test_a_copied_tensor_that_is_another_is_found_in_a_sample(merged, damaged):
 
 
 # ---------------------------------------------------------------- every kind of update
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """`bases(family)`: a directory with a tiny base."""
-    root = tmp_path_factory.mktemp("bases")
-    return lambda family: base_of(family, root)
 
 
 @pytest.fixture

@@ -9,23 +9,7 @@ import numpy as np
 import pytest
 from hand_made import edit_tensors
 
-from lora_export import cli, storage, timing
-
-
-@pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
-    """Run the command line in an empty folder; return its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timing, "LEAST_ROUNDS", 20)
-    monkeypatch.setattr(timing, "MOST_ROUNDS", 20)
-
-    def run(*words):
-        with pytest.raises(SystemExit, match=r"^\d+$") as ended:
-            cli.main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return int(str(ended.value.code)), printed.out, printed.err
-
-    return run
+from lora_export import storage
 
 
 @pytest.fixture

@@ -8,24 +8,10 @@ import pytest
 from hand_made import edit_tensors
 from on_disk import PREFIX, delta, factors, keyed, numbers, pair
 
-from lora_export import cli, read_adapter, registry, storage
+from lora_export import read_adapter, registry, storage
 from lora_export.refusals import TABLE
 
 PATH = "model.layers.1.self_attn.q_proj"
-
-
-@pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
-    """Run the command line in an empty folder; return its exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        with pytest.raises(SystemExit, match=r"^\d+$") as ended:
-            cli.main([str(word) for word in words])
-        printed = capsys.readouterr()
-        return int(str(ended.value.code)), printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

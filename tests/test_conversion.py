@@ -8,7 +8,7 @@ import on_disk
 import peft
 import pytest
 import torch
-from live_made import CASES, K, Q, answer, base_of, load, small
+from live_made import CASES, K, Q, answer, load, small
 from on_disk import keyed, pair
 
 from lora_export import (
@@ -27,13 +27,6 @@ from lora_export.refusals import TABLE
 
 EACH = pytest.mark.parametrize("case", CASES)
 REFUSED = {"dora"}  # when normalised
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """`bases(family)`: a directory with a tiny base."""
-    root = tmp_path_factory.mktemp("bases")
-    return lambda family: base_of(family, root)
 
 
 def by_peft(family, base, folder):

@@ -4,7 +4,7 @@ import numpy as np
 import on_disk
 import pytest
 import torch
-from live_made import CASES, Q, answer, base_of, load
+from live_made import CASES, Q, answer, load
 from on_disk import factors, keyed, numbers, pair
 from torch import nn
 
@@ -14,13 +14,6 @@ from lora_export.injection import attach, detach, extract, idle
 from lora_export.records import CONV, EMBEDDING, EXPERTS, Adapter, Factors, Rows
 
 EACH = pytest.mark.parametrize("case", CASES)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """`bases(family)`: a directory with a tiny base."""
-    root = tmp_path_factory.mktemp("bases")
-    return lambda family: base_of(family, root)
 
 
 @pytest.fixture

@@ -205,7 +205,9 @@ def test_an_unknown_class_is_an_input_error(tiny_base):
         models.load(tiny_base, _config(tiny_base, "BertForCooking"))
 
 
-@pytest.mark.parametrize("name", ["BertConfig", "AdamW", "logging", "__version__"])
+@pytest.mark.parametrize(
+    "name", ["BertConfig", "AdamW", "logging", "__version__", "PreTrainedModel"]
+)
 def test_only_classes_of_models_are_built(tiny_base, name):
     with pytest.raises(InputError, match=f"has no model '{name}'"):
         models.blank(_config(tiny_base, name))
