@@ -16,9 +16,12 @@ TOKENIZER = (
     *VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "merges.txt", "normalizer.json", "target.spm", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-_OTHERS = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json",
+PROCESSOR = (*TOKENIZER, "preprocessor_config.json", "processor_config.json")
+_OTHERS = ("generation_config.json", *PROCESSOR, "video_preprocessor_config.json")
+SENTENCE_MODULES = "modules.json"  # of sentence-transformers: what comes after the transformer
+_OF_SENTENCES = (
+    SENTENCE_MODULES, "config_sentence_transformers.json", "sentence_bert_config.json",
+    "1_Pooling/config.json",
 )  # fmt: skip
 _LOADED = (".safetensors", ".bin", ".json", ".py", ".model")
 
@@ -33,13 +36,23 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in VOCABULARIES)
 
 
-def companions_of(folder: Path, *, with_code: bool = False) -> dict[str, Path]:
+def companions_of(
+    folder: Path, *, with_code: bool = False, architecture: str | None = None
+) -> dict[str, Path]:
     """Return the files in `folder` that a user of the model needs beside the weights, by name.
 
-    Code of the model is left behind unless it is asked for.
+    Code of the model is left behind unless it is asked for; and how sentence-transformers pools,
+    where `architecture` has a head: it would be left out without a word.
     """
-    names = [*TOKENIZER, *_OTHERS, *(code_of(folder) if with_code else ())]
+    names = [*_OTHERS, *(code_of(folder) if with_code else ())]
+    if architecture is None or is_headless(architecture):
+        names += _OF_SENTENCES
     return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def is_headless(architecture: str) -> bool:
+    """Return whether a class of transformers, by its name, gives hidden states: `BertModel`."""
+    return architecture.endswith("Model")
 
 
 def code_of(folder: Path) -> list[str]:
@@ -49,6 +62,7 @@ def code_of(folder: Path) -> list[str]:
 
 def copy(source: Path, target: Path) -> None:
     """Copy a file that belongs to the base, without the place that it once was loaded from."""
+    target.parent.mkdir(exist_ok=True)
     if source.name == "tokenizer_config.json":
         fields = storage.read_json(source)
         for name in ("name_or_path", "tokenizer_file", "special_tokens_map_file"):

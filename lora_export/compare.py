@@ -57,16 +57,35 @@ def distance(
 
 
 def valid(output: Array, batch: Batch, evidence: Evidence, name: str) -> Array:
-    """Return `output` without its padded positions, where it has a sequence axis."""
-    if is_sequence(evidence, name):
-        attended: Array = output[batch.mask.astype(bool)]
-        return attended
+    """Return `output` without its padded positions, where it has an axis of tokens."""
+    attended = evidence.signature.attended(batch.arrays) if evidence.signature else {}
+    axes = axes_of(evidence, name)
+    for axis in attended.keys() & set(axes):
+        mask = attended[axis]
+        chosen: Array = np.moveaxis(output, axes.index(axis), mask.ndim - 1)[mask]
+        return chosen
     return output
 
 
-def is_sequence(evidence: Evidence, name: str) -> bool:
-    """Whether the second axis of the output `name` is the sequence."""
-    return any(spec.axes[1:2] == ("sequence",) for spec in _specs(evidence, name))
+def options(array: Array, batch: Batch, evidence: Evidence, name: str) -> Array:
+    """Return the scores to choose among, (decisions, options).
+
+    A span's start or end chooses among the tokens of its row; padding is no option.
+    """
+    attended = evidence.signature.attended(batch.arrays) if evidence.signature else {}
+    if "sequence" in attended and axes_of(evidence, name) == ("batch", "sequence"):
+        return np.where(attended["sequence"], array, -np.inf)
+    return valid(array, batch, evidence, name)
+
+
+def deciding(outputs: Mapping[str, Array]) -> list[str]:
+    """Return the names of the outputs that choose among several values: no state, no embedding."""
+    return [name for name, array in outputs.items() if "logits" in name and array.shape[-1] > 1]
+
+
+def axes_of(evidence: Evidence, name: str) -> tuple[str | int, ...]:
+    """Return the axes of the output `name`; none where the evidence does not say."""
+    return next((spec.axes for spec in _specs(evidence, name)), ())
 
 
 def _specs(evidence: Evidence, name: str) -> list[TensorSpec]:
@@ -77,20 +96,31 @@ def _specs(evidence: Evidence, name: str) -> list[TensorSpec]:
 def _defect(
     evidence: Evidence, batch: Batch, expected: Mapping[str, Array], found: Mapping[str, Array]
 ) -> str:
-    if "attention_mask" not in batch.arrays:
-        return "no attention mask"
-    if not batch.mask.any(axis=1).all():
+    mask = batch.arrays.get("attention_mask")
+    if mask is not None and not mask.any(axis=-1).all():
         return "a row has no attended token, so its output is undefined"
     if expected.keys() != found.keys():
         return f"outputs {sorted(found)}, expected {sorted(expected)}"
     for name, array in found.items():
-        if is_sequence(evidence, name) and array.shape[:2] != batch.mask.shape:
-            return f"{name} has shape {array.shape}, the mask {batch.mask.shape}"
         if array.shape != expected[name].shape:
             return f"{name} has shape {array.shape}, expected {expected[name].shape}"
+        if wrong := _contradicts(evidence, batch, name, array.shape):
+            return f"{name} has shape {array.shape}, the mask asks for {wrong}"
         for values in (array, expected[name]):
             if bad := int(values.size - np.isfinite(values).sum()):
                 return f"{name} has {bad} values that are NaN or infinite"
+    return ""
+
+
+def _contradicts(evidence: Evidence, batch: Batch, name: str, shape: tuple[int, ...]) -> str:
+    """Return what the attention mask asks of the shape of an output, where it has another."""
+    attended = evidence.signature.attended(batch.arrays) if evidence.signature else {}
+    axes = axes_of(evidence, name)
+    wanted = [attended[axis].shape[-1] if axis in attended else -1 for axis in axes]
+    if wanted and len(wanted) != len(shape):
+        return f"{len(wanted)} axes"
+    if any(want not in (-1, size) for want, size in zip(wanted, shape, strict=False)):
+        return f"{axes} of {[a.shape[-1] for a in attended.values()]}"
     return ""
 
 

@@ -51,3 +51,9 @@ def listed(summary: str, faults: Iterable[str]) -> str:
     shown = "; ".join(found[:MOST_LISTED])
     rest = len(found) - MOST_LISTED
     return f"{summary}: {shown}" + (f"; and {rest} more" if rest > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what `error` says, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

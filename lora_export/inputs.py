@@ -13,12 +13,14 @@ from lora_export.errors import InputError
 from lora_export.records import Array, Batch, Signature
 
 TEXT_BATCH = 16
+CHOICES = 2  # sentences that make up one text of a multiple-choice model
+PICTURES = 32
 LONGEST = 512  # tokens of the longest generated input, where the model would take more
 # Outputs of a language model are wide: batches are left out beyond this many values an output.
 MOST_VALUES = 20_000_000
 # (batch, length, where the padding lies). The traced example has batch 2 and length 7; the grid
 # differs from it in each of batch, length and padding. 0 stands for the model's longest sequence,
-# up to LONGEST.
+# up to LONGEST. With a cache, the length is that of all tokens, and some are in the cache.
 GRID = (
     (1, 1, "none"), (1, 2, "none"), (1, 17, "none"), (2, 3, "right"), (3, 8, "left"),
     (4, 16, "hole"), (5, 33, "right"), (8, 64, "left"), (32, 9, "right"), (2, 24, "all but one"),
@@ -60,12 +62,11 @@ def files(paths: Iterable[Path]) -> list[Path]:
 
 
 def within_budget(batches: Sequence[Batch], signature: Signature) -> tuple[Batch, ...]:
-    """Return `batches`, fewer where the outputs are wide: half of the room is for text."""
+    """Return `batches`, fewer where the outputs are wide: half of the room is for the grid."""
     kept: list[Batch] = []
-    room = {"text": MOST_VALUES / 2, "grid": MOST_VALUES / 2}
+    room = dict.fromkeys((batch.source for batch in batches), MOST_VALUES / 2)
     for batch in batches:
-        rows, length = batch.mask.shape
-        sizes = {"batch": rows, "sequence": length}
+        sizes = signature.sizes(batch.arrays)
         values = sum(
             math.prod(axis if isinstance(axis, int) else sizes[axis] for axis in spec.axes)
             for spec in signature.outputs
@@ -80,8 +81,10 @@ def within_budget(batches: Sequence[Batch], signature: Signature) -> tuple[Batch
 def summary(batches: Sequence[Batch]) -> str:
     """Return what a run compares on, in words."""
     texts = sum(len(batch.texts) for batch in batches)
+    pictures = sum(len(b.arrays["pixel_values"]) for b in batches if b.source == "image")
     shapes = sum(batch.source == "grid" for batch in batches)
-    return f"{texts} sentences and {shapes} shapes"
+    counts = {"sentences": texts, "made pictures": pictures, "shapes": shapes}
+    return " and ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def _parse(text: str, file: Path) -> tuple[list[str], list[int]]:
@@ -106,7 +109,13 @@ def _parse(text: str, file: Path) -> tuple[list[str], list[int]]:
 def text_batches(
     tokens: Any, signature: Signature, texts: Sequence[str], labels: Sequence[int]
 ) -> tuple[Batch, ...]:
-    """Return `texts`, tokenized and padded, in batches of 16 in the given order."""
+    """Return `texts`, tokenized and padded, in batches of 16 in the given order.
+
+    A multiple-choice model gets them in pairs, without their labels. A cache is empty.
+    """
+    if any("choices" in spec.axes for spec in signature.inputs):
+        texts = [*texts, *texts[: -len(texts) % CHOICES]]
+        labels = ()
     batches = []
     for start in range(0, len(texts), TEXT_BATCH):
         chosen = list(texts[start : start + TEXT_BATCH])
@@ -117,45 +126,131 @@ def text_batches(
             max_length=signature.max_length,
             return_tensors="np",
         )
-        arrays = {spec.name: np.asarray(encoded[spec.name], np.int64) for spec in signature.inputs}
+        rows, length = encoded["input_ids"].shape
+        arrays = made(signature, rows, length, "none", 0)
+        for spec in signature.inputs:
+            if spec.name in encoded:
+                found = np.asarray(encoded[spec.name], np.int64)
+                if "choices" in spec.axes:
+                    found = found.reshape(-1, CHOICES, length)
+                arrays[spec.name] = found
+            elif "choices" in spec.axes:
+                arrays[spec.name] = arrays[spec.name][: rows // CHOICES]
+        if "decoder_input_ids" in arrays:
+            arrays["decoder_input_ids"][:] = signature.start_token_id
         note = f"sentences {start + 1} to {start + len(chosen)}"
         kept = tuple(labels[start : start + TEXT_BATCH])
         batches.append(Batch("text", note, arrays, tuple(chosen), kept))
     return tuple(batches)
 
 
-def grid_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:
-    """Return random token ids at the shapes of `GRID` that the model accepts."""
+def picture_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:
+    """Return made pictures: patches of colour, which is more than noise and less than photos."""
+    dice = np.random.default_rng(seed)
     batches = []
-    for number, (batch, length, padding) in enumerate(GRID):
-        size = min(length or LONGEST, signature.max_length)
-        arrays = made(signature, batch, size, padding, seed + number)
-        batches.append(Batch("grid", f"batch {batch}, length {size}, padding {padding}", arrays))
+    for start in range(0, PICTURES, TEXT_BATCH):
+        arrays = made(signature, TEXT_BATCH, 0, "none", seed + start)
+        noise = arrays["pixel_values"]
+        *_, height, width = noise.shape
+        coarse = dice.normal(0, 1, (*noise.shape[:2], 4, 4)).astype(np.float32)
+        patches = coarse.repeat(-(-height // 4), axis=2).repeat(-(-width // 4), axis=3)
+        arrays["pixel_values"] = patches[:, :, :height, :width] + noise / 8
+        note = f"made pictures {start + 1} to {start + TEXT_BATCH}"
+        batches.append(Batch("image", note, arrays))
     return tuple(batches)
 
 
-def made(
-    signature: Signature, batch: int, length: int, padding: str, seed: int
-) -> dict[str, Array]:
-    """Return input arrays of shape (batch, length), int64, with random ids that are no padding.
+def grid_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:
+    """Return random inputs at the shapes of `GRID` that the model accepts.
 
-    The first row is full; each other row is padded where `padding` says.
+    With a cache, the tokens are in turn all new, the last one new, and half of them new; a decoder
+    beside an encoder has its source in turn new and cached.
+    """
+    batches = []
+    for number, (batch, length, padding) in enumerate(GRID):
+        size = min(length or LONGEST, signature.max_length)
+        note = f"batch {batch}"
+        if size:
+            note += f", length {size}, padding {padding}"
+        elif length == 0:
+            continue  # the longest sequence of a model that takes none
+        more = {}
+        if signature.has_cache and signature.has_target:
+            past = size * (number % 2)
+            more = {"past": past, "target": 1 + number % 5, "target_past": number * (number % 2)}
+        elif signature.has_cache:
+            more["past"] = (0, size - 1, size // 2)[number % 3]
+        if more:
+            note += f", {more['past']} cached"
+        arrays = made(signature, batch, size - more.get("past", 0), padding, seed + number, **more)
+        batches.append(Batch("grid", note, arrays))
+    return tuple(batches)
+
+
+def example(signature: Signature) -> dict[str, Array]:
+    """Return the arrays that exporters trace on: no two of their dynamic axes are equally long."""
+    batch, length, padding = EXAMPLE
+    return made(signature, batch, length, padding, 0, past=3, target=5, target_past=4)
+
+
+def made(
+    signature: Signature,
+    batch: int,
+    length: int,
+    padding: str,
+    seed: int,
+    *,
+    past: int = 0,
+    target: int = 1,
+    target_past: int = 0,
+) -> dict[str, Array]:
+    """Return input arrays for `length` new tokens beside `past` cached ones, made from `seed`.
+
+    Ids are random, int64, and no padding; the first row of the attention mask is full, and each
+    other row is padded where `padding` says. Pixels, keys and values are standard normal, float32.
     """
     dice = np.random.default_rng(seed)
-    known = [i for i in range(signature.vocab_size) if i != signature.pad_token_id]
-    ids = dice.choice(np.asarray(known, np.int64), (batch, length))
-    mask = np.ones((batch, length), np.int64)
-    for row in range(1, batch):
-        empty = 1 + (row * length // (2 * batch))
-        mask[row] = _mask(length, min(empty, length - 1), padding)
-    arrays = {
-        "input_ids": np.where(mask == 1, ids, signature.pad_token_id),
-        "attention_mask": mask,
+    sizes = {
+        "batch": batch,
+        "choices": CHOICES,
+        "sequence": length,
+        "past": past,
+        "total": past + length,
+        "target": target,
+        "target_past": target_past,
     }
-    return {
-        spec.name: arrays.get(spec.name, np.zeros((batch, length), np.int64))
+    shapes = {
+        spec.name: tuple(sizes[a] if isinstance(a, str) else a for a in spec.axes)
         for spec in signature.inputs
     }
+    arrays: dict[str, Array] = {}
+    if "attention_mask" in shapes:
+        *rows, total = shapes["attention_mask"]
+        mask = _masks(math.prod(rows), total, padding)
+        arrays["attention_mask"] = mask.reshape(shapes["attention_mask"])
+    known = [i for i in range(signature.vocab_size) if i != signature.pad_token_id]
+    for spec in signature.inputs:
+        shape = shapes[spec.name]
+        if spec.name.endswith("input_ids"):
+            ids = dice.choice(np.asarray(known, np.int64), shape)
+            if spec.name == "input_ids":
+                mask = arrays["attention_mask"]
+                counts = mask[..., mask.shape[-1] - shape[-1] :] == 1
+                ids = np.where(counts, ids, signature.pad_token_id)
+            arrays[spec.name] = ids
+        elif spec.dtype == "int64":
+            arrays.setdefault(spec.name, np.zeros(shape, np.int64))
+        else:
+            arrays[spec.name] = dice.standard_normal(shape, np.float32).astype(spec.dtype)
+    return {spec.name: arrays[spec.name] for spec in signature.inputs}
+
+
+def _masks(rows: int, length: int, padding: str) -> Array:
+    masks = np.ones((rows, length), np.int64)
+    for row in range(1, rows):
+        empty = 1 + (row * length // (2 * rows))
+        masks[row] = _mask(length, min(empty, length - 1), padding)
+    return masks
 
 
 def _mask(length: int, empty: int, padding: str) -> Array:

@@ -14,6 +14,7 @@ def _latencies(evidence: Evidence) -> list[Measurement]:
     found = []
     for timing in evidence.timings:
         shape = f"batch {timing.batch}, length {timing.sequence}"
+        shape += f", {timing.past} cached" if timing.past else ""
         for runner, samples in timing.samples_ms.items():
             if not samples:
                 continue

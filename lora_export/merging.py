@@ -69,10 +69,11 @@ def write_merged(
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     config = companions.config_json(checkpoint.root, settings, dtype)
     storage.write_json(out / "config.json", config)
-    found = companions.companions_of(checkpoint.root) if beside is None else beside
+    if (found := beside) is None:
+        found = companions.companions_of(checkpoint.root, architecture=plan.architecture)
     for name, file in found.items():
         companions.copy(file, out / name)
-    beside_weights = tuple(storage.digest(out / name) for name in (*others, *found))
+    beside_weights = tuple(storage.digest(out / name, name) for name in (*others, *found))
     known = _provenance(plan, adapter, written, options or {})
     storage.write_json(out / PROVENANCE, {**known, "companions": _by_name(beside_weights)})
     files_of_all = (*written.files, *beside_weights, storage.digest(out / PROVENANCE))
@@ -153,8 +154,11 @@ def recorded_files(folder: Path) -> tuple[FileDigest, ...]:
     written, beside = known.get("files"), known.get("companions")
     if not isinstance(written, dict) or not written or not isinstance(beside, dict):
         raise InputError(f"{folder / PROVENANCE} names no files")
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     return tuple(
-        FileDigest(name, sizes.get(name, 0), str(digest))
+        FileDigest(name, _size(folder / name), str(digest))
         for name, digest in (written | beside).items()
     )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0

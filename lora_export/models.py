@@ -5,19 +5,23 @@ Never runs code that comes with a checkpoint, never touches the network.
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_export import storage
 from lora_export.companions import VOCABULARIES, has_tokenizer
-from lora_export.errors import AdapterMismatch, InputError, LoraExportError, listed
-from lora_export.records import Adapter, Signature, TensorSpec
+from lora_export.errors import (
+    AdapterMismatch,
+    InputError,
+    LoraExportError,
+    first_line,
+    listed,
+)
+from lora_export.records import Adapter
 
 # PEFT's task types -> transformers' tables from model type to class name
 _TASK_TABLES = {
@@ -144,7 +148,7 @@ def blank(config: Any) -> nn.Module:
     except LoraExportError:
         raise
     except Exception as error:  # the config is somebody's, and models raise as it comes
-        raise InputError(f"no model can be built from the config: {_first_line(error)}") from error
+        raise InputError(f"no model can be built from the config: {first_line(error)}") from error
     return model
 
 
@@ -159,6 +163,20 @@ def embeddings(model: nn.Module) -> list[str]:
     ]
 
 
+def processor(base: Path, model: nn.Module) -> Any | None:
+    """Return the tokenizer of `model` in the directory `base`; None for a model of pictures.
+
+    Raises:
+        InputError: the model takes token ids, and there is no tokenizer.
+    """
+    return None if takes_pictures(model) else tokenizer(base)
+
+
+def takes_pictures(model: nn.Module) -> bool:
+    """Return whether the input of `model` is pixels."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
+
+
 def tokenizer(base: Path) -> Any:
     """Return the tokenizer in the directory `base`; raises `InputError` where there is none."""
     from transformers import AutoTokenizer
@@ -170,116 +188,17 @@ def tokenizer(base: Path) -> Any:
         return _loaded(AutoTokenizer, base, "tokenizer")
 
 
-class Tensors(nn.Module):
-    """A model as a function of tensors: named inputs in order, the named outputs back."""
+def in_precision(model: nn.Module, precision: str) -> nn.Module:
+    """Return `model` in the dtype that exporters start from for `precision`, as a copy if need be.
 
-    def __init__(self, model: nn.Module, outputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.model = model
-        self.outputs = outputs
-
-    def call(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """Return the outputs for `inputs`: a tensor where there is one, else a tuple."""
-        found = self.model(**inputs, return_dict=True)
-        values = tuple(found[name] for name in self.outputs)
-        return values[0] if len(values) == 1 else values
-
-
-def as_tensors(model: nn.Module, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> nn.Module:
-    """Return `model` as a `Tensors` whose `forward` takes arguments of just these names.
-
-    Tracers read the names of a model's inputs from the signature of `forward`, so it is made to
-    say them.
+    "fp16" and "bf16" are what they say; everything else begins in float32, to which half precision
+    is widened without loss: CPU runtimes lack kernels for it, and eight bits are made of float32.
     """
-
-    def forward(self: Tensors, *args: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return self.call(dict(zip(inputs, args, strict=False)) | named)
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind) for name in ("self", *inputs)]
-    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return type("Tensors", (Tensors,), {"forward": forward})(model, outputs).eval()  # type: ignore[no-any-return]
-
-
-def signature_of(model: nn.Module, tokens: Any) -> Signature:
-    """Return the signature of `model`: inputs that both it and its tokenizer know, all outputs.
-
-    The axes of the outputs are found by running the model at two shapes: one that follows the
-    batch or the sequence is dynamic, any other is fixed.
-
-    Raises:
-        InputError: the model takes no token ids, or the tokenizer is not the model's.
-    """
-    accepted = inspect.signature(model.forward).parameters
-    names = [name for name in tokens.model_input_names if name in accepted]
-    if "input_ids" not in names or "attention_mask" not in names:
-        raise InputError(f"{type(model).__name__} does not take input_ids and attention_mask")
-    config: Any = model.config
-    if len(tokens) > config.vocab_size:
-        raise InputError(
-            f"the tokenizer knows {len(tokens)} tokens, the model {config.vocab_size}: they do not "
-            "belong together, or the embeddings were not resized"
-        )
-    if hasattr(config, "use_cache"):
-        config.use_cache = False  # a cache is state, and not part of this signature
-    _set_padding(tokens, config, type(model).__name__)
-    pad = int(tokens.pad_token_id)
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{type(model).__name__}: encoder-decoder models are not exported yet")
-    specs = tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in names)
-    blank = Signature(specs, (), _max_length(model, tokens), config.vocab_size, pad)
-    small, large = (_outputs(model, blank, *shape) for shape in ((2, 5), (3, 7)))
-    sizes = {(2, 3): "batch", (5, 7): "sequence"}
-    found = []
-    for name, value in small.items():
-        pairs = zip(value.shape, large[name].shape, strict=True)
-        wide = torch.promote_types(value.dtype, torch.float32)  # how half precision is handed over
-        axes = tuple(sizes.get((a, b), a) for a, b in pairs)
-        found.append(TensorSpec(name, str(wide).removeprefix("torch."), axes))
-    return replace(blank, outputs=tuple(found))
-
-
-def _set_padding(tokens: Any, config: Any, architecture: str) -> None:
-    """Give the tokenizer a padding token, where the model does not care which one.
-
-    A decoder with a classification head finds the last token that is not padding, so there the
-    config has to say which token that is; elsewhere the mask hides it.
-    """
-    known = getattr(config, "pad_token_id", None)
-    if known is None and architecture.endswith("ForSequenceClassification"):
-        raise InputError(
-            f"neither the config nor the tokenizer of {architecture} names a padding token; add "
-            "pad_token_id, as it was in training, to config.json"
-        )
-    if tokens.pad_token_id is None:
-        tokens.pad_token = tokens.convert_ids_to_tokens(known) if known else tokens.eos_token
-    if tokens.pad_token_id is None:
-        raise InputError("the tokenizer has neither a padding nor an end token")
-
-
-@torch.inference_mode()
-def _outputs(model: nn.Module, signature: Signature, batch: int, length: int) -> dict[str, Tensor]:
-    """Return every tensor that the model answers with, by name."""
-    inputs = {spec.name: torch.ones(batch, length, dtype=torch.int64) for spec in signature.inputs}
-    found = model(**inputs, return_dict=True)
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
-
-
-def _max_length(model: nn.Module, tokens: Any) -> int:
-    """Return the longest sequence that positions and tokenizer allow."""
-    config: Any = model.config
-    positions = int(getattr(config, "max_position_embeddings", 0) or 512)
-    for path, module in model.named_modules():
-        if path.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's family counts positions from padding_idx + 1.
-            positions -= 0 if module.padding_idx is None else module.padding_idx + 1
-    return min(positions, int(tokens.model_max_length))
-
-
-def widened(model: nn.Module) -> nn.Module:
-    """Return `model` in float32 where it is in half precision: CPU runtimes lack kernels for it."""
-    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    return copy.deepcopy(model).float() if half else model
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtype is torch.float32 and not kinds & {torch.bfloat16, torch.float16}:
+        return model
+    return model if kinds == {dtype} else copy.deepcopy(model).to(dtype)
 
 
 def module_classes(model: nn.Module) -> dict[str, str]:
@@ -306,12 +225,7 @@ def _loaded(kind: Any, base: Path, what: str) -> Any:
     try:
         return kind.from_pretrained(base, local_files_only=True)
     except Exception as error:  # these files are somebody's, and transformers raises as it comes
-        raise InputError(f"no usable {what} in {base}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise InputError(f"no usable {what} in {base}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager

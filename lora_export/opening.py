@@ -114,7 +114,9 @@ class Job:
 
     def beside(self) -> dict[str, Path]:
         """Return the files that go beside the weights: of tokenizers, the one trained with."""
-        found = companions.companions_of(self.base, with_code=self.options.with_code)
+        found = companions.companions_of(
+            self.base, with_code=self.options.with_code, architecture=self.plan.architecture
+        )
         if not self.own_tokenizer:
             return found
         trained = companions.companions_of(self.source)

@@ -4,7 +4,7 @@ The stages (`lora_export.stages`) act and record; the checks judge afterwards, f
 alone. What needs no model, `merge` and `verify`, stands in `lora_export.merged_files`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,15 @@ from lora_export import (
 from lora_export.errors import InputError
 from lora_export.judging import Say, certify, digests_now, publish_evidence, silent
 from lora_export.opening import Options, open_job
-from lora_export.records import MERGED, REFERENCE, UNMERGED, Certificate, Evidence
+from lora_export.records import (
+    MERGED,
+    REFERENCE,
+    UNMERGED,
+    Artifact,
+    Certificate,
+    Evidence,
+    FileDigest,
+)
 
 MERGED_FOLDER = "merged"
 
@@ -39,6 +47,7 @@ def run(
     formats: Sequence[str] = registry.DEFAULT_EXPORTERS,
     overwrite: bool = False,
     seed: int = 0,
+    cache: bool = True,
     command: str = "lora_export.run",
     say: Say = silent,
     **options: Any,
@@ -53,6 +62,7 @@ def run(
         formats: Artifact formats.
         overwrite: Replace an existing `out`.
         seed: Of the generated inputs and of the order of timing.
+        cache: Whether the artifacts of a model that generates take and give its cache.
         command: What to record as the command that was run.
         say: Called with the name of each stage as it begins.
         options: Fields of `opening.Options`.
@@ -78,16 +88,16 @@ def run(
         )
     if wanted.tied == "both":
         raise InputError("--tied both is not what was trained: use `lora-export merge`")
-    models.tokenizer(job.base)  # a base without one is known before anything is written
     publishing.check_output(out, overwrite=overwrite, directory=True, inputs=job.places(source))
     with timing.all_threads() as threads, publishing.staged(out, overwrite=overwrite) as folder:
         folder.mkdir()
         say("loading the unmerged model")  # what cannot run unmerged is known before the merge
         unmerged = stages.load_unmerged(job)
+        models.processor(job.base, unmerged)
         say("merging")
         merged = merged_files.merge_stage(job, folder / MERGED_FOLDER, f"{MERGED_FOLDER}/")
         say("loading the merged model")
-        subject = stages.load_subject(folder / MERGED_FOLDER)
+        subject = stages.load_subject(folder / MERGED_FOLDER, cache=cache)
         artifacts = {}
         for name in formats:
             say(f"exporting {name}")
@@ -108,7 +118,7 @@ def run(
             batches=batches,
             recordings=recordings,
             timings=timings,
-            files=(*merged.files, *(f for a in artifacts.values() for f in a.files)),
+            files=(*merged.files, *_files_of(artifacts.values())),
             files_now=storage.digest_tree(folder),
         )
         say("judging")
@@ -131,6 +141,8 @@ def export_file(
     data: str | Path | None = None,
     overwrite: bool = False,
     seed: int = 0,
+    cache: bool = True,
+    precision: str = registry.FULL,
     command: str = "lora_export.export_file",
     say: Say = silent,
 ) -> Certificate:
@@ -145,10 +157,10 @@ def export_file(
     publishing.check_output(target, overwrite=overwrite, directory=False, inputs=[source, *given])
     texts, labels = inputs.read_texts(given[0] if given else None)
     say("loading the model")
-    subject = stages.load_subject(source)
+    subject = stages.load_subject(source, cache=cache)
     with timing.all_threads() as threads, publishing.staged(target, overwrite=overwrite) as path:
         say(f"exporting {name}")
-        artifact = stages.export_stage(name, subject, path.parent, path.name)
+        artifact = stages.export_stage(name, subject, path.parent, path.name, precision)
         batches = stages.batches_of(subject, texts, labels, seed)
         say(f"comparing on {inputs.summary(batches)}")
         runner = stages.open_runners({name: artifact}, path.parent, threads)[name]
@@ -164,9 +176,14 @@ def export_file(
             batches=batches,
             recordings=recordings,
             floor=MERGED,
-            files=artifact.files,
-            files_now=digests_now(artifact.files, path.parent),
+            files=(files := _files_of([artifact])),
+            files_now=digests_now(files, path.parent),
         )
         digests = (*storage.digest_tree(source), *map(storage.digest, inputs.files(given)))
-        settings = {"seed": seed, "inputs": inputs.summary(batches)}
+        settings = {"seed": seed, "inputs": inputs.summary(batches), "precision": precision}
         return certify(evidence, checks.EXPORT, command, digests, settings, threads)
+
+
+def _files_of(artifacts: Iterable[Artifact]) -> tuple[FileDigest, ...]:
+    """Return all files of `artifacts`; those of one folder share a tokenizer."""
+    return tuple(dict.fromkeys(file for a in artifacts for file in (*a.files, *a.beside)))

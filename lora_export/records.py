@@ -169,16 +169,63 @@ class TensorSpec:
     dtype: str  # numpy's name: int64, float32
     axes: tuple[str | int, ...]
 
+    @property
+    def argument(self) -> str:
+        """The name as an argument of a Python function: without dots."""
+        return self.name.replace(".", "_")
+
 
 @dataclass(frozen=True)
 class Signature:
-    """The one truth about a model's inputs and outputs that every exporter and runner reads."""
+    """The one truth about a model's inputs and outputs that every exporter and runner reads.
+
+    The dynamic axes: `batch`, `choices`, `sequence` (new tokens), `past` (tokens in the cache),
+    `total` (their sum, which the attention mask covers); and of a decoder beside an encoder,
+    `target`, `target_past` and `target_total`.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    max_length: int  # longest sequence that the model accepts
+    max_length: int  # longest sequence that the model accepts; 0 where it takes none
     vocab_size: int
     pad_token_id: int
+    start_token_id: int = 0  # what the decoder of an encoder-decoder begins with
+
+    def sizes(self, arrays: Mapping[str, Array]) -> dict[str, int]:
+        """Return the length of every dynamic axis, as the input `arrays` have it."""
+        found = {
+            axis: size
+            for spec in self.inputs
+            if spec.name in arrays
+            for axis, size in zip(spec.axes, arrays[spec.name].shape, strict=False)
+            if isinstance(axis, str)
+        }
+        if "target" in found:
+            found["target_total"] = found["target"] + found.get("target_past", 0)
+        return found
+
+    def attended(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return for each axis that the attention mask covers where a token counts.
+
+        The arrays are boolean, (batch, length) or (batch, choices, length).
+        """
+        if "attention_mask" not in arrays:
+            return {}
+        mask = arrays["attention_mask"].astype(bool)
+        sizes = self.sizes(arrays)
+        if "total" in sizes:
+            return {"total": mask, "sequence": mask[:, sizes["past"] :]}
+        return {"sequence": mask}
+
+    @property
+    def has_target(self) -> bool:
+        """Whether a decoder's tokens go in beside those of an encoder."""
+        return any("target" in spec.axes for spec in self.inputs)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys and values of earlier tokens go in and come out."""
+        return any("past" in spec.axes for spec in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -201,6 +248,13 @@ class Artifact:
     facts: Mapping[str, Any]  # opset, dtypes, versions: what the exporter read back
     lora_names: tuple[str, ...]  # operators or tensors that still carry LoRA
     leaked_paths: tuple[str, ...]  # paths of the exporting machine found inside the files
+    beside: tuple[FileDigest, ...] = ()  # the tokenizer, or what prepares pictures
+    precision: str = "fp32"  # of its weights: fp32, fp16, bf16, int8
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it is in less than single precision, and judged by its decisions."""
+        return self.precision != "fp32"
 
 
 # ---------------------------------------------------------------- what was observed
@@ -210,7 +264,7 @@ class Artifact:
 class Batch:
     """Named input arrays for one call, and where they come from."""
 
-    source: str  # "text" or "grid"
+    source: str  # "text" or "image", or "grid": shapes made to find faults
     note: str
     arrays: Mapping[str, Array]
     texts: tuple[str, ...] = ()
@@ -252,6 +306,7 @@ class Timing:
     sequence: int
     threads: int
     samples_ms: Mapping[str, tuple[float, ...]]
+    past: int = 0  # tokens in the cache
 
 
 @dataclass(frozen=True)

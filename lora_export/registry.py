@@ -13,6 +13,8 @@ from lora_export.errors import InputError
 
 EXPORTERS = "lora_export.exporters"  # listed by the command line, which loads none of them
 DEFAULT_EXPORTERS = ("onnx", "torchscript")  # what a run makes where nothing else is asked for
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # of artifacts; each exporter says which it has
+FULL = PRECISIONS[0]
 Entry = Any  # a module; what it must provide is said by the folder's own docstring
 
 

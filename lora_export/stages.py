@@ -3,13 +3,14 @@
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lora_export import exporters, inputs, loading, models, storage
+from lora_export import companions, exporters, inputs, loading, models, registry, storage
+from lora_export.calling import Interface, interface_of
 from lora_export.companions import PROVENANCE
 from lora_export.errors import ExportFailed, InputError, listed
 from lora_export.injection import attach, idle
@@ -21,6 +22,7 @@ from lora_export.records import (
     UNMERGED,
     Artifact,
     Batch,
+    FileDigest,
     Recording,
     Signature,
 )
@@ -30,29 +32,28 @@ from lora_export.runners.eager import EagerRunner
 
 @dataclass(frozen=True)
 class Subject:
-    """A merged model, loaded from disk, with its tokenizer and its signature."""
+    """A merged model, loaded from disk, with its tokenizer, and how it is called."""
 
     folder: Path
     model: nn.Module
-    tokens: Any
-    signature: Signature
+    tokens: Any | None  # None for a model of pictures
+    interface: Interface
+
+    @property
+    def signature(self) -> Signature:
+        """The inputs and outputs of the model."""
+        return self.interface.signature
 
     def runner(self, name: str, model: nn.Module | None = None) -> EagerRunner:
         """Return a runner for the merged model, or for another one of the same signature."""
-        return EagerRunner(name, self.tensors(model), self.signature)
-
-    def tensors(self, model: nn.Module | None = None) -> nn.Module:
-        """Return a model as a function of tensors, with the arguments of the signature."""
-        ins = tuple(spec.name for spec in self.signature.inputs)
-        outs = tuple(spec.name for spec in self.signature.outputs)
-        return models.as_tensors(model or self.model, ins, outs)
+        return EagerRunner(name, self.interface.bind(model or self.model), self.signature)
 
 
-def load_subject(folder: Path) -> Subject:
-    """Load the merged model in `folder` with its tokenizer; raises as `load_merged` does."""
-    model = loading.load_merged(folder)
-    tokens = models.tokenizer(folder)
-    return Subject(folder, model, tokens, models.signature_of(model, tokens))
+def load_subject(folder: Path, *, cache: bool = True) -> Subject:
+    """Load the merged model in `folder`; raises as `load_merged` and `interface_of` do."""
+    model = loading.load_merged(folder).requires_grad_(False)
+    tokens = models.processor(folder, model)
+    return Subject(folder, model, tokens, interface_of(model, tokens, cache=cache, folder=folder))
 
 
 def load_unmerged(job: Job) -> nn.Module:
@@ -78,19 +79,47 @@ def exact(model: nn.Module) -> nn.Module:
     return found  # type: ignore[no-any-return]
 
 
-def export_stage(name: str, subject: Subject, folder: Path, file: str | None = None) -> Artifact:
+def export_stage(
+    name: str,
+    subject: Subject,
+    folder: Path,
+    file: str | None = None,
+    precision: str = registry.FULL,
+) -> Artifact:
     """Export the merged model to `folder` and return what is found in the written file.
 
+    The tokenizer goes beside it: to FILE.tokenizer, or where no `file` is named to `tokenizer`,
+    which all artifacts of the folder share.
+
     Raises:
+        InputError: the format has no such precision.
         ExportFailed: the backend cannot write the model, or cannot open what it wrote.
     """
     exporter = exporters.load(name)
+    if precision not in exporter.PRECISIONS:
+        raise InputError(f"{name} is written in {', '.join(exporter.PRECISIONS)}, not {precision}")
     path = folder / (file or f"model{exporter.SUFFIX}")
-    example = inputs.made(subject.signature, *inputs.EXAMPLE, seed=0)
+    example = inputs.example(subject.signature)
     with models.quiet():
-        model = subject.tensors(models.widened(subject.model))
-        exporter.export(model, subject.signature, example, about(subject), path)
-    return exporters.describe(name, path)
+        model = subject.interface.bind(models.in_precision(subject.model, precision))
+        known = about(subject) | {"lora_export.precision": json.dumps(precision)}
+        exporter.export(model, subject.signature, example, known, path, precision)
+    beside = folder / (f"{file}.tokenizer" if file else "tokenizer")
+    return replace(
+        exporters.describe(name, path),
+        beside=_processor_to(beside, subject.folder),
+        precision=precision,
+    )
+
+
+def _processor_to(target: Path, source: Path) -> tuple[FileDigest, ...]:
+    """Copy what turns texts or pictures into inputs, and return the digests of the copies."""
+    found = companions.companions_of(source)
+    names = [name for name in companions.PROCESSOR if name in found]
+    for name in names:
+        target.mkdir(exist_ok=True)
+        companions.copy(found[name], target / name)
+    return tuple(storage.digest(target / name, f"{target.name}/{name}") for name in names)
 
 
 def about(subject: Subject) -> dict[str, str]:
@@ -101,6 +130,7 @@ def about(subject: Subject) -> dict[str, str]:
         "labels": [config.id2label[index] for index in sorted(config.id2label)],
         "max_length": subject.signature.max_length,
         "pad_token_id": subject.signature.pad_token_id,
+        "padding_side": getattr(subject.tokens, "padding_side", None),
     }
     if (subject.folder / PROVENANCE).is_file():
         known = storage.read_json(subject.folder / PROVENANCE)
@@ -129,6 +159,13 @@ def batches_of(
     Raises:
         InputError: a label is no class of the model.
     """
+    if subject.tokens is None:
+        if labels:
+            raise InputError("--data holds sentences, and the model takes pictures")
+        return (
+            *inputs.picture_batches(subject.signature, seed),
+            *inputs.grid_batches(subject.signature, seed),
+        )
     classes = len(subject.model.config.id2label)  # type: ignore[union-attr, arg-type]
     if bad := sorted({label for label in labels if not 0 <= label < classes}):
         raise InputError(listed(f"labels outside 0 to {classes - 1}", map(str, bad)))

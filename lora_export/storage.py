@@ -244,16 +244,28 @@ def refuse_pointer(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file at `path`; raises `InputError`."""
+    value = _json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
+def read_json_list(path: Path) -> list[dict[str, Any]]:
+    """Return the list of JSON objects in the file at `path`; raises `InputError`."""
+    value = _json(path)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise InputError(f"{path} holds no list of JSON objects")
+    return value
+
+
+def _json(path: Path) -> Any:
     refuse_pointer(path)
     try:
-        value = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return value
 
 
 # ---------------------------------------------------------------- digests

@@ -35,11 +35,18 @@ def all_threads() -> Iterator[int]:
 def measure(
     runners: Mapping[str, Runner], signature: Signature, *, threads: int, seed: int
 ) -> tuple[Timing, ...]:
-    """Return the samples of all `runners` at each shape of `inputs.TIMED`, in milliseconds."""
-    return tuple(
-        _measure(runners, signature, batch, min(length, signature.max_length), threads, seed)
-        for batch, length in TIMED
-    )
+    """Return the samples of all `runners` at each shape of `inputs.TIMED`, in milliseconds.
+
+    Where there is a cache, also those of the next token, with the others in the cache.
+    """
+    shapes = []
+    for batch, longest in TIMED:
+        length = min(longest, signature.max_length)
+        shapes += [(batch, length, 0)]
+        if signature.has_cache:  # the source of an encoder-decoder is all in the cache by then
+            new = 0 if signature.has_target else 1
+            shapes += [(batch, new, length - new)]
+    return tuple(_measure(runners, signature, *shape, threads, seed) for shape in shapes)
 
 
 def _measure(
@@ -47,10 +54,11 @@ def _measure(
     signature: Signature,
     batch: int,
     length: int,
+    past: int,
     threads: int,
     seed: int,
 ) -> Timing:
-    arrays = made(signature, batch, length, "right", seed)
+    arrays = made(signature, batch, length, "right", seed, past=past, target_past=past)
     samples: dict[str, list[float]] = {name: [] for name in runners}
     for runner in runners.values():
         for _ in range(WARM_UP):
@@ -66,7 +74,7 @@ def _measure(
         rounds = len(samples[UNMERGED])
         if rounds < LEAST_ROUNDS or rounds % 10:
             continue
-        timing = Timing(batch, length, threads, {n: tuple(s) for n, s in samples.items()})
+        timing = Timing(batch, length, threads, {n: tuple(s) for n, s in samples.items()}, past)
         late = time.monotonic() - start > MOST_SECONDS or rounds >= MOST_ROUNDS
         if late or all(_is_narrow(timing, name) for name in runners if name != UNMERGED):
             return timing

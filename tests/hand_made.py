@@ -152,6 +152,11 @@ def evidence(**changes):
     return dataclasses.replace(made, **changes)
 
 
+def reduced(**changes):
+    """The same, of an artifact in eight bits."""
+    return evidence(artifacts=(dataclasses.replace(artifact(), precision="int8"),), **changes)
+
+
 def per_token():
     """The same, for a model that answers once per token: shape (batch, sequence, 2)."""
     spec = TensorSpec("logits", "float32", ("batch", "sequence", 2))

@@ -25,7 +25,8 @@ def test_the_commands_of_the_readme_chain(call, adapter, tmp_path):
     assert call("merge", "--adapter", "sst2.safetensors")[0] == 0
     assert call("onnx", "--out", "model.onnx")[0] == 0
     assert call("torchscript")[0] == 0
-    assert only(tmp_path, "sst2.safetensors", "merged", "model.onnx", "model.pt")
+    files = [name + more for name in ("model.onnx", "model.pt") for more in ("", ".tokenizer")]
+    assert only(tmp_path, "sst2.safetensors", "merged", *files)
 
 
 def test_run_and_check_chain(call, adapter, tmp_path, monkeypatch):

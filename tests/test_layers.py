@@ -15,14 +15,15 @@ ORDER = [
     "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
     "models", "resolving", "fitting", "loading", "compare", "runners", "inputs",
-    "exporters", "timing", "checks", "measurements", "codec", "report", "judging",
-    "opening", "inspection", "merged_files", "stages", "pipeline", "cli", "__main__",
+    "generating", "calling", "exporters", "timing", "checks", "measurements", "codec", "report",
+    "judging", "opening", "inspection", "merged_files", "stages", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {
     "onnx": {"exporters/onnx.py"},
     "onnxruntime": {"runners/onnx.py"},
-    "transformers": {"models.py", "resolving.py", "lora.py"},
+    "openvino": {"runners/openvino.py"},
+    "transformers": {"models.py", "calling.py", "resolving.py", "lora.py"},
     "huggingface_hub": {"bases.py"},
     "click": {"cli"},
     "rich": {"cli"},

@@ -272,23 +272,3 @@ def test_a_model_without_a_tokenizer_is_an_input_error(base):
         (base / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match="no tokenizer in"):
         models.tokenizer(base)
-
-
-def test_a_decoder_that_classifies_needs_to_know_its_padding(tiny, tiny_base):
-    """It looks for the last token that is not padding; a guess would pool at the wrong place."""
-    model = tiny("gpt2-cls")
-    tokens = models.tokenizer(tiny_base)
-    model.config.vocab_size = len(tokens)
-    model.config.pad_token_id = None
-    with pytest.raises(InputError, match="GPT2ForSequenceClassification names a padding token"):
-        models.signature_of(model, tokens)
-
-
-def test_a_decoder_without_a_padding_token_pads_with_its_end_token(tiny, tiny_base):
-    tokens = models.tokenizer(tiny_base)
-    tokens.pad_token, tokens.eos_token = None, "[SEP]"
-    model = tiny("gpt2")
-    model.resize_token_embeddings(len(tokens))
-    model.config.pad_token_id = None
-    tokens.model_input_names = ["input_ids", "attention_mask"]
-    assert models.signature_of(model, tokens).pad_token_id == tokens.eos_token_id

@@ -53,7 +53,7 @@ def _runners(clock, **took_ms):
 
 
 def _measure(runners, seed=0):
-    return timing._measure(runners, signature(), 2, 8, 3, seed)
+    return timing._measure(runners, signature(), 2, 8, 0, 3, seed)
 
 
 STEADY = {UNMERGED: [8.0], "merged": [8.0], "onnx": [4.0]}

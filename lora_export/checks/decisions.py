@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora_export import checks
-from lora_export.compare import is_sequence, noise_floor, valid
-from lora_export.records import MERGED, REFERENCE, Array, Batch, Evidence, Recording, Verdict
+from lora_export.compare import deciding, noise_floor, options
+from lora_export.records import MERGED, REFERENCE, Evidence, Recording, Verdict
 
 SCOPES = (checks.EXPORT, checks.RUN)
 MOST_SHOWN = 3
@@ -15,15 +15,15 @@ MOST_SHOWN = 3
 def applies(evidence: Evidence) -> bool:
     """Return whether there is anything to decide: a regression has a single output."""
     reference = evidence.recordings.get(REFERENCE)
-    return not reference or not reference.outputs or any(map(_deciding, reference.outputs))
+    return not reference or not reference.outputs or any(map(deciding, reference.outputs))
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
     """Fail on a decision that differs, unless the reference's margin lies below the noise floor."""
-    wanted = [artifact.format for artifact in evidence.artifacts]
+    wanted = [artifact.format for artifact in evidence.artifacts if not artifact.is_reduced]
     if MERGED in evidence.recordings:
         wanted.insert(0, MERGED)
-    texts = [index for index, batch in enumerate(evidence.batches) if batch.source == "text"]
+    texts = [index for index, batch in enumerate(evidence.batches) if batch.source != "grid"]
     missing = {REFERENCE, evidence.floor, *wanted} - evidence.recordings.keys()
     if not wanted or not texts or missing:
         return [checks.not_run("decisions", "labels", "no recording on sentences")]
@@ -44,9 +44,9 @@ def _judge(name: str, texts: list[int], floors: Mapping[str, float], evidence: E
         return checks.counted("decisions", name, 1, 0, "flips", "outputs differ in number or shape")
     for index in texts:
         batch = evidence.batches[index]
-        for output in _deciding(reference.outputs[index]):
+        for output in deciding(reference.outputs[index]):
             expected, found = (
-                _options(recording.outputs[index][output], batch, evidence, output)
+                options(recording.outputs[index][output], batch, evidence, output)
                 for recording in (reference, other)
             )
             margins = np.diff(np.sort(expected, axis=-1)[..., -2:], axis=-1)[..., 0]
@@ -68,21 +68,6 @@ def _judge(name: str, texts: list[int], floors: Mapping[str, float], evidence: E
     if shown:
         note += "; differs: " + ", ".join(shown[:MOST_SHOWN])
     return checks.counted("decisions", name, flips, compared, "flips", note)
-
-
-def _options(array: Array, batch: Batch, evidence: Evidence, name: str) -> Array:
-    """Return the scores to choose among, (decisions, options).
-
-    A span's start or end chooses among the tokens of its row; padding is no option.
-    """
-    if array.ndim == 2 and array.shape == batch.mask.shape and is_sequence(evidence, name):
-        return np.where(batch.mask == 1, array, -np.inf)
-    return valid(array, batch, evidence, name)
-
-
-def _deciding(outputs: Mapping[str, Array]) -> list[str]:
-    """Return the names of the outputs that choose among several values."""
-    return [name for name, array in outputs.items() if array.shape[-1] > 1]
 
 
 def _broken(reference: Recording, other: Recording) -> bool:

@@ -24,6 +24,7 @@ def judge(evidence: Evidence) -> list[Verdict]:
 
 def _judge(timing: Timing, runner: str) -> Verdict:
     subject = f"{runner}, batch {timing.batch}"
+    subject += f", {timing.past} cached" if timing.past else ""
     samples = [timing.samples_ms.get(name, ()) for name in (runner, UNMERGED)]
     if len(samples[0]) != len(samples[1]) or len(samples[0]) < LEAST_ROUNDS:
         return checks.not_run("latency", subject, f"fewer than {LEAST_ROUNDS} paired rounds")

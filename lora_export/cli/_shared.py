@@ -104,6 +104,13 @@ data_option = click.option(
     help="Sentences to compare on: a .tsv with a header (sentence, label), a folder with dev.tsv, "
     "or a text file with one a line. Default: a small set that comes with the package.",
 )
+cache_option = click.option(
+    "--cache/--no-cache",
+    default=True,
+    show_default=True,
+    help="Of a model that writes text: whether the artifact takes and gives keys and values of "
+    "earlier tokens.",
+)
 seed_option = click.option(
     "--seed",
     type=click.IntRange(0),

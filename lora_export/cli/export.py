@@ -24,6 +24,15 @@ def _export(ctx: click.Context, name: str, options: dict[str, Any]) -> None:
     ctx.exit(_shared.finish(certificate, as_json=as_json, written=options["out"]))
 
 
+_precision = click.option(
+    "--precision",
+    type=click.Choice(registry.PRECISIONS),
+    default=registry.FULL,
+    show_default=True,
+    help="Of the weights. Less than fp32 is judged by decisions and, with labels, by accuracy.",
+)
+
+
 def _with_options(function: Any) -> Any:
     out = click.option(
         "--out", type=click.Path(path_type=Path), help="File to write. Default: model.SUFFIX."
@@ -33,6 +42,8 @@ def _with_options(function: Any) -> Any:
         _shared.json_option,
         _shared.overwrite_option,
         _shared.seed_option,
+        _shared.cache_option,
+        _precision,
         _shared.data_option,
         out,
         _shared.model_option,

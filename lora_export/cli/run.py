@@ -29,6 +29,7 @@ from lora_export.cli import _shared
     show_default=True,
     help="Artifact format; may be given more than once.",
 )
+@_shared.cache_option
 @_shared.seed_option
 @_shared.merge_options
 @_shared.overwrite_option
@@ -43,6 +44,7 @@ def command(
     out: Path,
     data: Path | None,
     formats: tuple[str, ...],
+    cache: bool,
     seed: int,
     overwrite: bool,
     as_json: bool,
@@ -66,6 +68,7 @@ def command(
             data=data,
             formats=formats,
             overwrite=overwrite,
+            cache=cache,
             seed=seed,
             command=_shared.invoked(),
             say=say,

@@ -3,15 +3,20 @@
 To add a format, add one file here with:
 
     SUFFIX = ".onnx"                                    of the file it writes
-    export(model, signature, example, about, path)      write `path` (and files beside it);
+    PRECISIONS = ("fp32", "int8")                       that it can write
+    export(model, signature, example, about, path, precision)
+                                                        write `path` (and files beside it);
                                                         raises `ExportFailed`
     inspect(path) -> Contents                           what the written file says about itself
     open_runner(path, threads) -> Runner                something that runs it
+    files(path) -> Iterable[Path]                       optional: the files it consists of, `path`
+                                                        first; else `path` and `path.*`
 
 `model` takes tensors in the order of `signature.inputs` and returns a tensor, or a tuple of them,
-in the order of `signature.outputs`. `example` holds arrays for one call: two rows or more, an odd
-length, one row padded. `about` is text to store in the file: labels and provenance. Everything
-else (staging, digests, parity, latency, verdicts) follows from these.
+in the order of `signature.outputs`; where `precision` is fp16 or bf16, its weights are in it.
+`example` holds arrays for one call: two rows or more, an odd length, one row padded. `about` is
+text to store in the file: labels and provenance. Everything else (staging, digests, parity,
+latency, verdicts) follows from these.
 """
 
 import sys
@@ -48,17 +53,25 @@ def load(name: str) -> registry.Entry:
 def describe(name: str, path: Path) -> Artifact:
     """Return what was written to `path` in the format `name`, read back from the disk."""
     contents: Contents = load(name).inspect(path)
-    beside = path.parent.glob(f"{path.name}.*")  # a data file: model.onnx.data, never model.onnx2
-    files = [path, *sorted(file for file in beside if file.is_file())]
+    found = files(name, path)
     return Artifact(
         format=name,
-        files=tuple(storage.digest(file) for file in files),
+        files=tuple(storage.digest(file) for file in found),
         inputs=contents.inputs,
         outputs=contents.outputs,
         facts=dict(contents.facts),
         lora_names=tuple(sorted(n for n in contents.names if "lora" in n.lower())),
-        leaked_paths=tuple(sorted({leak for file in files for leak in _leaks(file)})),
+        leaked_paths=tuple(sorted({leak for file in found for leak in _leaks(file)})),
     )
+
+
+def files(name: str, path: Path) -> tuple[Path, ...]:
+    """Return the files that the artifact at `path` in the format `name` consists of."""
+    own = getattr(load(name), "files", None)
+    if own is not None:
+        return tuple(own(path))
+    beside = path.parent.glob(f"{path.name}.*")  # a data file: model.onnx.data, never model.onnx2
+    return (path, *sorted(file for file in beside if file.is_file()))
 
 
 def _leaks(file: Path) -> Iterator[str]:

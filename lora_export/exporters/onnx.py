@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 
-from lora_export.errors import ExportFailed
+from lora_export import registry
+from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents
 from lora_export.records import Array, Signature, TensorSpec
 from lora_export.runners.onnx import OnnxRunner
 
 SUFFIX = ".onnx"
+PRECISIONS = ("fp32", "fp16", "int8")
 # Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
 OPSET = 20
 # A protobuf ends at 2 GiB; above this the weights go to a second file, NAME.onnx.data.
@@ -31,35 +34,37 @@ def export(
     example: Mapping[str, Array],
     about: Mapping[str, str],
     path: Path,
+    precision: str = registry.FULL,
 ) -> None:
     """Write `model` to `path`, every string axis of the signature dynamic.
 
     Raises:
         ExportFailed: torch cannot export the model.
     """
-    names = [spec.name for spec in signature.inputs]
     axes = {
-        spec.name: {i: axis for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
+        spec.argument: {i: axis for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
         for spec in signature.inputs
     }
     try:
         with _quiet():
             program = torch.onnx.export(
                 model,
-                kwargs={name: torch.from_numpy(example[name]) for name in names},
+                kwargs={s.argument: torch.from_numpy(example[s.name]) for s in signature.inputs},
                 dynamo=True,
                 dynamic_shapes=axes,
-                input_names=names,
+                input_names=[spec.name for spec in signature.inputs],
                 output_names=[spec.name for spec in signature.outputs],
                 opset_version=OPSET,
                 verbose=False,
             )
             assert program is not None
             _clean(program.model, about)
+            _declare_axes(program.model, signature)
+            _allow_nothing(program.model)
             size = sum(p.numel() * p.element_size() for p in model.parameters())
             program.save(str(path), external_data=size > MOST_BYTES_IN_ONE_FILE)
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportFailed(f"ONNX: {_first_line(error)}") from error
+        raise ExportFailed(f"ONNX: {first_line(error.__cause__ or error)}") from error
 
 
 def inspect(path: Path) -> Contents:
@@ -72,7 +77,7 @@ def inspect(path: Path) -> Contents:
         onnx.checker.check_model(str(path))
         model = onnx.load(str(path), load_external_data=False)
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
-        raise ExportFailed(f"{path.name} is no valid ONNX file: {_first_line(error)}") from error
+        raise ExportFailed(f"{path.name} is no valid ONNX file: {first_line(error)}") from error
     graph = model.graph
     return Contents(
         inputs=tuple(_spec(value) for value in graph.input),
@@ -108,15 +113,25 @@ def _clean(model: Any, about: Mapping[str, str]) -> None:
     model.metadata_props.update(about)
 
 
+def _declare_axes(model: Any, signature: Signature) -> None:
+    """Name the dynamic axes of the outputs as the signature does: the exporter writes formulas."""
+    for value, spec in zip(model.graph.outputs, signature.outputs, strict=True):
+        for place, axis in enumerate(spec.axes):
+            if isinstance(axis, str) and not isinstance(value.shape[place], int):
+                value.shape[place] = axis
+
+
+def _allow_nothing(model: Any) -> None:
+    """Take a zero in a computed shape for an axis of no tokens, not for "as in the input"."""
+    for node in model.graph.all_nodes():
+        if node.op_type == "Reshape" and node.inputs[1].const_value is None:
+            node.attributes.add(ir.AttrInt64("allowzero", 1))
+
+
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
     axes = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
     return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), axes)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.__cause__ or error).strip() or type(error).__name__
-    return text.splitlines()[0]
 
 
 @contextlib.contextmanager

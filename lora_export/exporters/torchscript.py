@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lora_export import registry
 from lora_export.errors import ExportFailed
 from lora_export.exporters import Contents
 from lora_export.records import Array, Signature, TensorSpec
 from lora_export.runners.torchscript import SIGNATURE_FILE, TorchScriptRunner
 
 SUFFIX = ".pt"
+PRECISIONS = ("fp32", "fp16", "bf16")
 ABOUT_FILE = "lora_export.json"  # inside the archive: labels and provenance
 
 
@@ -26,6 +28,7 @@ def export(
     example: Mapping[str, Array],
     about: Mapping[str, str],
     path: Path,
+    precision: str = registry.FULL,
 ) -> None:
     """Trace `model` on `example` and write it to `path`.
 
@@ -70,11 +73,13 @@ def inspect(path: Path) -> Contents:
         raise ExportFailed(f"{path.name} is no TorchScript file: {error}") from error
     schema = module.forward.schema
     arguments = [argument.name for argument in schema.arguments if argument.name != "self"]
-    returns = json.loads(extra[SIGNATURE_FILE]).get("outputs", [])
+    said = json.loads(extra[SIGNATURE_FILE])
+    returns = said.get("outputs", [])
+    by_argument = {TensorSpec(name, "", ()).argument: name for name in said.get("inputs", [])}
     operators = {node.kind() for node in module.inlined_graph.nodes()}
     return Contents(
         # A trace declares neither dtypes nor axes.
-        inputs=tuple(TensorSpec(name, "", ()) for name in arguments),
+        inputs=tuple(TensorSpec(by_argument.get(name, name), "", ()) for name in arguments),
         outputs=tuple(TensorSpec(name, "", ()) for name in returns),
         names=(*module.state_dict(), *operators, *(n for n, _ in module.named_modules())),
         facts={"torch": torch.__version__, "metadata": json.loads(extra[ABOUT_FILE])},

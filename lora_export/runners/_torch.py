@@ -8,6 +8,8 @@ from torch import nn
 
 from lora_export.records import Array
 
+NOTE = "lora_export.json"  # in a .pt2 archive: names of inputs and outputs, labels, provenance
+
 
 @torch.inference_mode()
 def answers(

@@ -7,6 +7,8 @@ import onnxruntime
 
 from lora_export.records import Array
 
+PRECISION = "lora_export.precision"  # in the metadata of the file, as JSON
+
 
 class OnnxRunner:
     """Runs an ONNX graph; spinning is off, so that it does not steal a neighbour's core."""
@@ -23,9 +25,9 @@ class OnnxRunner:
             str(path), options, providers=["CPUExecutionProvider"]
         )
         self.outputs = [node.name for node in self.session.get_outputs()]
-        kind = self.session.get_outputs()[0].type
-        self.precision = {"tensor(float16)": "float16", "tensor(double)": "float64"}.get(
-            kind, "float32"
+        said = self.session.get_modelmeta().custom_metadata_map.get(PRECISION, '"fp32"')
+        self.precision = {"fp32": "float32", "fp16": "float16"}.get(
+            said.strip('"'), said.strip('"')
         )
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

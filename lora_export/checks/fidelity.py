@@ -1,0 +1,130 @@
+"""Does an artifact in reduced precision still decide as the reference does?
+
+Eight bits cannot be held to a rounding error of 24; what counts is what a user sees: decisions,
+their probabilities, the task metric where there are labels, and the direction of embeddings.
+"""
+
+import numpy as np
+
+from lora_export import checks
+from lora_export.compare import deciding, distance, options, valid
+from lora_export.records import REFERENCE, Array, Artifact, Evidence, Status, Verdict
+
+SCOPES = (checks.EXPORT, checks.RUN)
+MOST_FLIPS = 0.005  # share of decisions; half a point of accuracy at worst
+MOST_LOSS = 0.005  # of accuracy, where there are labels
+MOST_DIVERGENCE = 0.01  # nats, mean over the decisions
+MOST_TURN = 0.01  # of an embedding: one minus its cosine with the reference's
+# Two classes whose probabilities lie closer than this are a toss of a coin to the reference too.
+COIN = 0.1
+
+
+def applies(evidence: Evidence) -> bool:
+    """Return whether any artifact is in reduced precision."""
+    return any(artifact.is_reduced for artifact in evidence.artifacts)
+
+
+def judge(evidence: Evidence) -> list[Verdict]:
+    """Fail on decisions lost, on probabilities that drift, and on embeddings that turn."""
+    reduced = [artifact for artifact in evidence.artifacts if artifact.is_reduced]
+    found = [verdict for artifact in reduced for verdict in _judge(artifact, evidence)]
+    return found or [checks.not_run("fidelity", "artifacts", "none is in reduced precision")]
+
+
+def _judge(artifact: Artifact, evidence: Evidence) -> list[Verdict]:
+    name = artifact.format
+    if not {REFERENCE, name} <= evidence.recordings.keys():
+        return [checks.not_run("fidelity", name, "a recording is missing")]
+    reference, other = evidence.recordings[REFERENCE], evidence.recordings[name]
+    if defect := distance(reference, other, evidence).defect:
+        return [Verdict("fidelity", name, Status.FAIL, None, None, "", 0, defect)]
+    real = [index for index, batch in enumerate(evidence.batches) if batch.source != "grid"]
+    found: list[Verdict] = []
+    outputs = sorted(reference.outputs[0])
+    if chosen := [output for output in outputs if output in deciding(reference.outputs[0])]:
+        found += _decisions(name, chosen, real, evidence)
+        found += _accuracy(name, chosen[0], real, evidence)
+    else:
+        found += [_turn(name, o, real, evidence) for o in outputs if not o.startswith("present.")]
+    return found
+
+
+def _decisions(name: str, outputs: list[str], real: list[int], evidence: Evidence) -> list[Verdict]:
+    flips, coins, compared, divergence = 0, 0, 0, 0.0
+    for index in real:
+        for output in outputs:
+            p, q = (_probabilities(name_of, index, output, evidence) for name_of in _both(name))
+            differs = p.argmax(-1) != q.argmax(-1)
+            margins = np.diff(np.sort(p, axis=-1)[..., -2:], axis=-1)[..., 0]
+            flips += int((differs & ~(margins <= COIN)).sum())
+            coins += int((differs & (margins <= COIN)).sum())
+            compared += differs.size
+            with np.errstate(divide="ignore", invalid="ignore"):
+                each = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0).sum(-1)
+            divergence += float(each.sum())
+    note = f"{flips} of {compared} decisions differ"
+    note += f"; {coins} more where the reference tosses a coin" if coins else ""
+    share, mean = (flips / compared, divergence / compared) if compared else (np.nan, np.nan)
+    return [
+        _within("fidelity", f"{name}, decisions", share, MOST_FLIPS, "share", compared, note),
+        _within(
+            "fidelity", f"{name}, probabilities", mean, MOST_DIVERGENCE, "nats", compared,
+            "mean Kullback-Leibler divergence from the reference",
+        ),
+    ]  # fmt: skip
+
+
+def _accuracy(name: str, output: str, real: list[int], evidence: Evidence) -> list[Verdict]:
+    labels = [label for index in real for label in evidence.batches[index].labels]
+    if not labels:
+        return []
+    labelled = [index for index in real if evidence.batches[index].labels]
+    right = []
+    for name_of in _both(name):
+        answers = [evidence.recordings[name_of].outputs[index][output] for index in labelled]
+        if any(answer.ndim != 2 for answer in answers):
+            return []
+        guesses = np.concatenate([answer.argmax(-1) for answer in answers])
+        right.append(float((guesses == np.asarray(labels)).mean()))
+    note = f"accuracy {right[1]:.4f}, the reference's {right[0]:.4f}"
+    loss = right[0] - right[1]
+    return [_within("fidelity", f"{name}, accuracy", loss, MOST_LOSS, "share", len(labels), note)]
+
+
+def _turn(name: str, output: str, real: list[int], evidence: Evidence) -> Verdict:
+    worst, compared = 0.0, 0
+    for index in real:
+        batch = evidence.batches[index]
+        rows = [
+            valid(evidence.recordings[of].outputs[index][output], batch, evidence, output)
+            for of in _both(name)
+        ]
+        a, b = (row.reshape(-1, row.shape[-1]).astype(np.float64) for row in rows)
+        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            turned = 1 - (a * b).sum(-1) / lengths
+        compared += len(turned)
+        worst = float(np.max([worst, *turned]))  # NaN stays, and fails
+    note = "one minus the least cosine with the reference"
+    return _within("fidelity", f"{name}, {output}", worst, MOST_TURN, "", compared, note)
+
+
+def _both(name: str) -> tuple[str, str]:
+    return REFERENCE, name
+
+
+def _probabilities(name: str, index: int, output: str, evidence: Evidence) -> Array:
+    """Return the softmax of what one runner answered, float64, (decisions, options)."""
+    array = evidence.recordings[name].outputs[index][output].astype(np.float64)
+    scores = options(array, evidence.batches[index], evidence, output)
+    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    found: Array = powers / powers.sum(axis=-1, keepdims=True)
+    return found
+
+
+def _within(
+    check: str, subject: str, measured: float, limit: float, unit: str, compared: int, note: str
+) -> Verdict:
+    good = compared > 0 and measured <= limit
+    status = Status.PASS if good else Status.FAIL
+    return Verdict(check, subject, status, float(measured), limit, unit, compared, note)

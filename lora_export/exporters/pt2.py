@@ -1,0 +1,73 @@
+"""A torch.export program (`.pt2`): one file that torch runs without transformers or model code."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_export import registry
+from lora_export.errors import ExportFailed, first_line
+from lora_export.exporters import Contents
+from lora_export.exporters._program import as_text, captured, declared, from_text
+from lora_export.records import Array, Signature
+from lora_export.runners._torch import NOTE
+from lora_export.runners.pt2 import Pt2Runner, loaded
+
+SUFFIX = ".pt2"
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+def export(
+    model: nn.Module,
+    signature: Signature,
+    example: Mapping[str, Array],
+    about: Mapping[str, str],
+    path: Path,
+    precision: str = registry.FULL,
+) -> None:
+    """Write `model` to `path`, every string axis of the signature free, 0 and 1 included.
+
+    Raises:
+        ExportFailed: torch cannot export the model, or fixed an axis.
+    """
+    program = captured("pt2", model, signature, example)
+    note = as_text(*declared(program, signature.inputs, signature.outputs), about)
+    try:
+        with path.open("w+b") as stream:  # given a path, torch writes its name into the archive
+            torch.export.save(program, stream, extra_files={NOTE: note})
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ExportFailed(f"pt2: {first_line(error)}") from error
+
+
+def inspect(path: Path) -> Contents:
+    """Return the interface and the names that the program at `path` has.
+
+    Raises:
+        ExportFailed: torch cannot load the file, or lora-export did not write it.
+    """
+    program, text = loaded(path)
+    try:
+        inputs, outputs, content = from_text(text)
+        inputs, outputs = declared(program, inputs, outputs)
+    except (ValueError, AssertionError) as error:
+        raise ExportFailed(f"{path.name} is no pt2 file of lora-export: {error}") from error
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    return Contents(
+        inputs=inputs,
+        outputs=outputs,
+        names=(*program.state_dict, *program.constants, *(node.name for node in nodes)),
+        facts={
+            "torch": torch.__version__,
+            "nodes": len(nodes),
+            "metadata": content["metadata"],
+        },
+    )
+
+
+def open_runner(path: Path, threads: int) -> Pt2Runner:
+    """Return a runner for the file at `path`.
+
+    `threads` is not used: torch has one setting for all that runs in it, and the caller has set it.
+    """
+    return Pt2Runner(path)
