@@ -103,7 +103,8 @@ def export_stage(
     with models.quiet():
         model = subject.interface.bind(models.in_precision(subject.model, precision))
         known = about(subject) | {"lora_export.precision": json.dumps(precision)}
-        exporter.export(model, subject.signature, example, known, path, precision)
+        runs = [batch.arrays for batch in real_batches(subject, *inputs.read_texts(None))]
+        exporter.export(model, subject.signature, example, known, path, precision, runs)
     beside = folder / (f"{file}.tokenizer" if file else "tokenizer")
     return replace(
         exporters.describe(name, path),
@@ -159,21 +160,31 @@ def batches_of(
     Raises:
         InputError: a label is no class of the model.
     """
+    return inputs.within_budget(
+        (
+            *real_batches(subject, texts, labels, seed),
+            *inputs.grid_batches(subject.signature, seed),
+        ),
+        subject.signature,
+    )
+
+
+def real_batches(
+    subject: Subject, texts: Sequence[str], labels: Sequence[int], seed: int = 0
+) -> tuple[Batch, ...]:
+    """Return `texts`, tokenized; made pictures for a model of pictures.
+
+    Raises:
+        InputError: a label is no class of the model, or there are labels and no texts are taken.
+    """
     if subject.tokens is None:
         if labels:
             raise InputError("--data holds sentences, and the model takes pictures")
-        return (
-            *inputs.picture_batches(subject.signature, seed),
-            *inputs.grid_batches(subject.signature, seed),
-        )
+        return inputs.picture_batches(subject.signature, seed)
     classes = len(subject.model.config.id2label)  # type: ignore[union-attr, arg-type]
     if bad := sorted({label for label in labels if not 0 <= label < classes}):
         raise InputError(listed(f"labels outside 0 to {classes - 1}", map(str, bad)))
-    batches = (
-        *inputs.text_batches(subject.tokens, subject.signature, texts, labels),
-        *inputs.grid_batches(subject.signature, seed),
-    )
-    return inputs.within_budget(batches, subject.signature)
+    return inputs.text_batches(subject.tokens, subject.signature, texts, labels)
 
 
 def record(runner: Runner, batches: Iterable[Batch]) -> Recording:

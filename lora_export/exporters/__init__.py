@@ -4,7 +4,7 @@ To add a format, add one file here with:
 
     SUFFIX = ".onnx"                                    of the file it writes
     PRECISIONS = ("fp32", "int8")                       that it can write
-    export(model, signature, example, about, path, precision)
+    export(model, signature, example, about, path, precision, calibration)
                                                         write `path` (and files beside it);
                                                         raises `ExportFailed`
     inspect(path) -> Contents                           what the written file says about itself
@@ -15,7 +15,8 @@ To add a format, add one file here with:
 `model` takes tensors in the order of `signature.inputs` and returns a tensor, or a tuple of them,
 in the order of `signature.outputs`; where `precision` is fp16 or bf16, its weights are in it.
 `example` holds arrays for one call: two rows or more, an odd length, one row padded. `about` is
-text to store in the file: labels and provenance. Everything else (staging, digests, parity,
+text to store in the file: labels and provenance. `calibration` are inputs of real texts or
+pictures, to choose by what to keep in full precision. Everything else (staging, digests, parity,
 latency, verdicts) follows from these.
 """
 

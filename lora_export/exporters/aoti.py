@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def export(
     about: Mapping[str, str],
     path: Path,
     precision: str = registry.FULL,
+    calibration: Sequence[Mapping[str, Array]] = (),
 ) -> None:
     """Compile `model` into `path`, every string axis of the signature free, 0 and 1 included.
 

@@ -1,9 +1,10 @@
 """ONNX through torch's exporter (torch.export, then onnxscript), opset 20, run by onnxruntime."""
 
 import contextlib
+import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from lora_export import registry
 from lora_export.errors import ExportFailed, first_line
-from lora_export.exporters import Contents
+from lora_export.exporters import Contents, _onnx_int8, _onnx_speed
 from lora_export.records import Array, Signature, TensorSpec
 from lora_export.runners.onnx import OnnxRunner
 
@@ -24,6 +25,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 OPSET = 20
 # A protobuf ends at 2 GiB; above this the weights go to a second file, NAME.onnx.data.
 MOST_BYTES_IN_ONE_FILE = 1_500_000_000
+KEPT = "lora_export.kept_in_fp32"  # metadata of an int8 file: layers that would have cost too much
 # Node metadata of the exporter that carries the exporting machine's paths.
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
@@ -35,6 +37,7 @@ def export(
     about: Mapping[str, str],
     path: Path,
     precision: str = registry.FULL,
+    calibration: Sequence[Mapping[str, Array]] = (),
 ) -> None:
     """Write `model` to `path`, every string axis of the signature dynamic.
 
@@ -61,6 +64,11 @@ def export(
             _clean(program.model, about)
             _declare_axes(program.model, signature)
             _allow_nothing(program.model)
+            _onnx_speed.optimise(program.model)
+            if precision == "int8":
+                kept = _onnx_int8.choose(program.model, calibration)
+                program.model.metadata_props[KEPT] = json.dumps(kept)
+                _onnx_int8.quantise(program.model, kept)
             size = sum(p.numel() * p.element_size() for p in model.parameters())
             program.save(str(path), external_data=size > MOST_BYTES_IN_ONE_FILE)
     except torch.onnx.errors.OnnxExporterError as error:

@@ -6,7 +6,7 @@ ask, and OpenVINO's own converter of torch models, which reports its use to Inte
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def export(
     about: Mapping[str, str],
     path: Path,
     precision: str = registry.FULL,
+    calibration: Sequence[Mapping[str, Array]] = (),
 ) -> None:
     """Write `model` to `path` and the weights to NAME.bin beside it.
 

@@ -1,6 +1,6 @@
 """A torch.export program (`.pt2`): one file that torch runs without transformers or model code."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ def export(
     about: Mapping[str, str],
     path: Path,
     precision: str = registry.FULL,
+    calibration: Sequence[Mapping[str, Array]] = (),
 ) -> None:
     """Write `model` to `path`, every string axis of the signature free, 0 and 1 included.
 

@@ -5,7 +5,7 @@ TorchScript is deprecated in torch (since 2.11) and still supported; its success
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ def export(
     about: Mapping[str, str],
     path: Path,
     precision: str = registry.FULL,
+    calibration: Sequence[Mapping[str, Array]] = (),
 ) -> None:
     """Trace `model` on `example` and write it to `path`.
 
