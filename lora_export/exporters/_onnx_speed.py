@@ -64,6 +64,8 @@ def _drop_nan_guards(model: Model) -> int:
         guard = node.inputs[0].producer() if node.op_type == "Where" and node.inputs[0] else None
         if guard is None or guard.op_type != "IsNaN" or guard.inputs[0] is not node.inputs[2]:
             continue
+        if node.outputs[0].is_graph_output():
+            continue
         softmax = node.inputs[2].producer()
         if softmax is not None and softmax.op_type == "Softmax" and _finite_mask(model, softmax):
             found.append(node)
