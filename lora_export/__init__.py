@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from lora_export.records import BaseRef as BaseRef
     from lora_export.records import Certificate as Certificate
     from lora_export.records import Verdict as Verdict
+    from lora_export.tuning import tune as tune
 
 _HOMES = {
     "LoraConfig": "config",
@@ -72,6 +73,7 @@ _HOMES = {
     "detach": "injection",
     "merge": "live",
     "run": "pipeline",
+    "tune": "tuning",
     "Adapter": "records",
     "BaseRef": "records",
     "Certificate": "records",

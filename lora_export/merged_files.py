@@ -4,8 +4,6 @@ transformers and torch are imported only where the checkpoint's own names and sh
 how the adapter lands in it.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ import threadpoolctl
 
 from lora_export import auditing, checks, merging, publishing, storage
 from lora_export.companions import PROVENANCE, is_loaded
-from lora_export.environment import cores
+from lora_export.environment import cores, peak_memory
 from lora_export.errors import InputError
 from lora_export.judging import Say, certify, silent
 from lora_export.opening import Job, Options, open_job
@@ -174,12 +172,10 @@ def merge_files(
 def _costs(seconds: Mapping[str, float], files: tuple[FileDigest, ...]) -> tuple[Measurement, ...]:
     """Return what a merge cost: time of its parts and of all, speed, and memory of the process."""
     size = sum(file.size_bytes for file in files)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024
     return (
         *(Measurement(name, "merge", value, "s", 1) for name, value in seconds.items()),
         Measurement("throughput", "merge", size / seconds["streaming"] / 1e9, "GB/s", 1),
-        Measurement("peak memory", "merge", peak / 1e6, "MB", 1),
+        Measurement("peak memory", "merge", peak_memory() / 1e6, "MB", 1),
     )
 
 

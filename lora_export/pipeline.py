@@ -4,6 +4,7 @@ The stages (`lora_export.stages`) act and record; the checks judge afterwards, f
 alone. What needs no model, `merge` and `verify`, stands in `lora_export.merged_files`.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lora_export import (
     storage,
     timing,
 )
+from lora_export.environment import peak_memory
 from lora_export.errors import InputError
 from lora_export.judging import Say, certify, digests_now, publish_evidence, silent
 from lora_export.opening import Options, open_job
@@ -33,6 +35,7 @@ from lora_export.records import (
     Certificate,
     Evidence,
     FileDigest,
+    Measurement,
 )
 
 MERGED_FOLDER = "merged"
@@ -160,7 +163,12 @@ def export_file(
     subject = stages.load_subject(source, cache=cache)
     with timing.all_threads() as threads, publishing.staged(target, overwrite=overwrite) as path:
         say(f"exporting {name}")
+        begun = time.perf_counter()
         artifact = stages.export_stage(name, subject, path.parent, path.name, precision)
+        cost = (
+            Measurement("export", name, time.perf_counter() - begun, "s", 1),
+            Measurement("peak memory", f"{name}, model included", peak_memory() / 1e6, "MB", 1),
+        )
         batches = stages.batches_of(subject, texts, labels, seed)
         say(f"comparing on {inputs.summary(batches)}")
         runner = stages.open_runners({name: artifact}, path.parent, threads)[name]
@@ -178,6 +186,7 @@ def export_file(
             floor=MERGED,
             files=(files := _files_of([artifact])),
             files_now=digests_now(files, path.parent),
+            measured=cost,
         )
         digests = (*storage.digest_tree(source), *map(storage.digest, inputs.files(given)))
         settings = {"seed": seed, "inputs": inputs.summary(batches), "precision": precision}

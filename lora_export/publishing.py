@@ -31,7 +31,7 @@ FILES = "files"  # what is to be published
 REPLACED = "replaced"  # what stood where the output goes
 PLACED = "placed"  # an empty file for each entry of FILES that may have been moved out
 # A directory is replaced only where one of these says that we wrote it.
-MARKS = ("lora_export.json", "certificate.json")
+MARKS = ("lora_export.json", "certificate.json", "tuning.json")
 # What an exporter may leave beside its file; gone with the file that it belonged to.
 COMPANION = ".data"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)

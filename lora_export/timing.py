@@ -11,7 +11,7 @@ import torch
 from lora_export.compare import median_interval, ratios
 from lora_export.environment import cores
 from lora_export.inputs import TIMED, made
-from lora_export.records import UNMERGED, Signature, Timing
+from lora_export.records import UNMERGED, Array, Signature, Timing
 from lora_export.runners import Runner
 
 WARM_UP = 5
@@ -49,6 +49,39 @@ def measure(
     return tuple(_measure(runners, signature, *shape, threads, seed) for shape in shapes)
 
 
+def measure_shape(
+    runners: Mapping[str, Runner],
+    signature: Signature,
+    shape: tuple[int, int],
+    *,
+    threads: int,
+    seed: int,
+    against: str,
+    most_seconds: float,
+) -> Timing:
+    """Return the samples of all `runners` at one (batch, length), nothing in the cache.
+
+    Rounds are taken until every ratio to the runner `against` is known well, or `most_seconds` are
+    spent.
+    """
+    batch, length = shape
+    return _measure(runners, signature, batch, length, 0, threads, seed, against, most_seconds)
+
+
+class OnThreads:
+    """A runner in a process where others take another number of threads: torch has one setting."""
+
+    def __init__(self, runner: Runner, threads: int) -> None:
+        self.name, self.precision = runner.name, runner.precision
+        self.runner, self.threads = runner, threads
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the named outputs for named inputs."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        return self.runner.run(inputs)
+
+
 def _measure(
     runners: Mapping[str, Runner],
     signature: Signature,
@@ -57,8 +90,11 @@ def _measure(
     past: int,
     threads: int,
     seed: int,
+    against: str = UNMERGED,
+    most_seconds: float | None = None,
 ) -> Timing:
     arrays = made(signature, batch, length, "right", seed, past=past, target_past=past)
+    limit = MOST_SECONDS if most_seconds is None else most_seconds
     samples: dict[str, list[float]] = {name: [] for name in runners}
     for runner in runners.values():
         for _ in range(WARM_UP):
@@ -71,15 +107,15 @@ def _measure(
             begin = time.perf_counter_ns()
             runners[name].run(arrays)
             samples[name].append((time.perf_counter_ns() - begin) / 1e6)
-        rounds = len(samples[UNMERGED])
+        rounds = len(samples[against])
         if rounds < LEAST_ROUNDS or rounds % 10:
             continue
         timing = Timing(batch, length, threads, {n: tuple(s) for n, s in samples.items()}, past)
-        late = time.monotonic() - start > MOST_SECONDS or rounds >= MOST_ROUNDS
-        if late or all(_is_narrow(timing, name) for name in runners if name != UNMERGED):
+        late = time.monotonic() - start > limit or rounds >= MOST_ROUNDS
+        if late or all(_is_narrow(timing, name, against) for name in runners if name != against):
             return timing
 
 
-def _is_narrow(timing: Timing, runner: str) -> bool:
-    _, low, high = median_interval(ratios(timing, runner))
+def _is_narrow(timing: Timing, runner: str, against: str) -> bool:
+    _, low, high = median_interval(ratios(timing, runner, against))
     return bool(np.isfinite(high)) and (high - low) / 2 <= HALF_WIDTH

@@ -225,14 +225,17 @@ def test_a_base_whose_config_is_nonsense_is_an_input_error(
         assert not (tmp_path / "run").exists()
 
 
-def test_an_encoder_decoder_is_refused_by_name(tiny_base, tmp_path):
-    config = transformers.T5Config(
-        vocab_size=112, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4
-    )
-    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    transformers.AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "t5")
-    with pytest.raises(InputError, match="encoder-decoder models are not exported"):
-        pipeline.export_file("onnx", model=tmp_path / "t5", out=tmp_path / "m.onnx")
+def test_a_model_of_sound_is_refused_by_what_it_takes(tiny_base, tmp_path):
+    config = transformers.WhisperConfig(
+        vocab_size=112, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, begin_suppress_tokens=None,
+    )  # fmt: skip
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "whisper")
+    transformers.AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "whisper")
+    with pytest.raises(InputError, match="WhisperForConditionalGeneration takes input_features"):
+        pipeline.export_file("onnx", model=tmp_path / "whisper", out=tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_an_adapter_is_not_taken_for_a_merged_model(peft_adapter, tmp_path):

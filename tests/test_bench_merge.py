@@ -334,6 +334,7 @@ def test_a_run_writes_its_samples_tables_and_plot(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_peft_cold_and_busy_runs_are_told_apart_and_the_checkpoint_is_kept(tmp_path):
     found, stdout = run_script(
         tmp_path, "--size", 0.01, "--repeats", 2, "--shard", 0.004, "--adapter", "all", "--cold",

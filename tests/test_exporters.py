@@ -148,7 +148,7 @@ def test_onnx_states_its_opset_and_dynamic_axes(subject, tmp_path):
 
 
 def test_a_large_onnx_model_gets_a_data_file_that_is_digested(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporters.load("onnx"), "MOST_BYTES_IN_ONE_FILE", 1000)
+    monkeypatch.setattr(exporters.load("onnx"), "LARGE", 1000)
     artifact = stages.export_stage("onnx", subject, tmp_path)
     assert [file.name for file in artifact.files] == ["model.onnx", "model.onnx.data"]
     batch = inputs.grid_batches(subject.signature, seed=1)[3]

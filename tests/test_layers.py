@@ -15,12 +15,13 @@ ORDER = [
     "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
     "models", "resolving", "fitting", "loading", "compare", "runners", "inputs",
-    "generating", "calling", "exporters", "timing", "checks", "measurements", "codec", "report",
-    "judging", "opening", "inspection", "merged_files", "stages", "pipeline", "cli", "__main__",
+    "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
+    "measurements", "codec", "report", "judging", "opening", "inspection", "merged_files", "stages",
+    "tuning", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {
-    "onnx": {"exporters/onnx.py"},
+    "onnx": {"exporters/onnx.py", "exporters/_onnx_translate.py"},
     "onnxruntime": {"runners/onnx.py"},
     "openvino": {"runners/openvino.py"},
     "transformers": {"models.py", "calling.py", "resolving.py", "lora.py"},

@@ -119,7 +119,7 @@ def test_a_guard_over_a_mask_that_comes_from_outside_stays():
 
 def test_rewriting_twice_changes_nothing_more(both):
     model = ir.load(str(both[2]))
-    assert _onnx_speed.optimise(model) == {"nan_guards": 0, "key_transposes": 0, "linears": 0}
+    assert set(_onnx_speed.optimise(model).values()) == {0}
 
 
 # ---------------------------------------------------------------- int8

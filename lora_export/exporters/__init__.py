@@ -11,6 +11,8 @@ To add a format, add one file here with:
     open_runner(path, threads) -> Runner                something that runs it
     files(path) -> Iterable[Path]                       optional: the files it consists of, `path`
                                                         first; else `path` and `path.*`
+    lacking() -> str                                    optional: what is not there on this machine
+                                                        to write or run it; else nothing lacks
 
 `model` takes tensors in the order of `signature.inputs` and returns a tensor, or a tuple of them,
 in the order of `signature.outputs`; where `precision` is fp16 or bf16, its weights are in it.

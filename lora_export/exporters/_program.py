@@ -42,6 +42,23 @@ def captured(
         ExportFailed: torch cannot export the model, or fixed an axis; the message begins with
             `name`.
     """
+    program = traced(name, model, signature, example)
+    for node in program.graph.nodes:
+        for key in _REVEALING:
+            node.meta.pop(key, None)
+    _refuse_fixed_axes(name, program, signature)
+    _allow_least_sizes(name, program, model, signature)
+    return program
+
+
+def traced(
+    name: str, model: nn.Module, signature: Signature, example: Mapping[str, Array]
+) -> ExportedProgram:
+    """Return `model` as torch exports it, with all that the program knows of where it is from.
+
+    Raises:
+        ExportFailed: torch cannot export the model; the message begins with `name`.
+    """
     tensors = tuple(torch.from_numpy(example[spec.name]) for spec in signature.inputs)
     free = tuple(
         {i: Dim.AUTO for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
@@ -57,11 +74,6 @@ def captured(
             program = torch.export.export(model, tensors, dynamic_shapes=shapes)
     except Exception as error:  # tracing runs the model's own code, which raises as it comes
         raise ExportFailed(f"{name}: {first_line(error)}") from error
-    for node in program.graph.nodes:
-        for key in _REVEALING:
-            node.meta.pop(key, None)
-    _refuse_fixed_axes(name, program, signature)
-    _allow_least_sizes(name, program, model, signature)
     return program
 
 

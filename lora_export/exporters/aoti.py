@@ -35,6 +35,15 @@ _BUILD_ID = re.compile(rb"(\x04\0{3}\x14\0{3}\x03\0{3}GNU\0).{20}", re.DOTALL)  
 _INSIDE = "data/aotinductor/model/"  # where torch's loader looks
 
 
+def lacking() -> str:
+    """Return what is not there to write these files; nothing where all of it is."""
+    try:
+        _refuse_without_compiler()
+    except ExportFailed as error:
+        return str(error)
+    return ""
+
+
 def export(
     model: nn.Module,
     signature: Signature,

@@ -15,7 +15,8 @@ from torch import nn
 
 from lora_export import registry
 from lora_export.errors import ExportFailed, first_line
-from lora_export.exporters import Contents, _onnx_int8, _onnx_speed
+from lora_export.exporters import Contents, _onnx_int8, _onnx_speed, _onnx_translate
+from lora_export.exporters._program import traced
 from lora_export.records import Array, Signature, TensorSpec
 from lora_export.runners.onnx import OnnxRunner
 
@@ -24,7 +25,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 # Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
 OPSET = 20
 # A protobuf ends at 2 GiB; above this the weights go to a second file, NAME.onnx.data.
-MOST_BYTES_IN_ONE_FILE = 1_500_000_000
+LARGE = 1_500_000_000
 KEPT = "lora_export.kept_in_fp32"  # metadata of an int8 file: layers that would have cost too much
 # Node metadata of the exporter that carries the exporting machine's paths.
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
@@ -44,33 +45,23 @@ def export(
     Raises:
         ExportFailed: torch cannot export the model.
     """
-    axes = {
-        spec.argument: {i: axis for i, axis in enumerate(spec.axes) if isinstance(axis, str)}
-        for spec in signature.inputs
-    }
+    program = traced("ONNX", model, signature, example)
+    ins, outs = ([spec.name for spec in side] for side in (signature.inputs, signature.outputs))
     try:
         with _quiet():
-            program = torch.onnx.export(
-                model,
-                kwargs={s.argument: torch.from_numpy(example[s.name]) for s in signature.inputs},
-                dynamo=True,
-                dynamic_shapes=axes,
-                input_names=[spec.name for spec in signature.inputs],
-                output_names=[spec.name for spec in signature.outputs],
-                opset_version=OPSET,
-                verbose=False,
-            )
-            assert program is not None
-            _clean(program.model, about)
-            _declare_axes(program.model, signature)
-            _allow_nothing(program.model)
-            _onnx_speed.optimise(program.model)
+            graph = _onnx_translate.translate(program, ins, outs, OPSET)
+            _clean(graph, about)
+            _declare_axes(graph, signature)
+            _allow_nothing(graph)
+            _onnx_speed.optimise(graph)
             if precision == "int8":
-                kept = _onnx_int8.choose(program.model, calibration)
-                program.model.metadata_props[KEPT] = json.dumps(kept)
-                _onnx_int8.quantise(program.model, kept)
-            size = sum(p.numel() * p.element_size() for p in model.parameters())
-            program.save(str(path), external_data=size > MOST_BYTES_IN_ONE_FILE)
+                kept = _onnx_int8.choose(graph, calibration)
+                graph.metadata_props[KEPT] = json.dumps(kept)
+                _onnx_int8.quantise(graph, kept)
+            if sum(v.const_value.nbytes for v in graph.graph.initializers.values()) > LARGE:
+                ir.save(graph, path, external_data=f"{path.name}.data")
+            else:
+                _onnx_translate.save(graph, path)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportFailed(f"ONNX: {first_line(error.__cause__ or error)}") from error
 
@@ -122,11 +113,13 @@ def _clean(model: Any, about: Mapping[str, str]) -> None:
 
 
 def _declare_axes(model: Any, signature: Signature) -> None:
-    """Name the dynamic axes of the outputs as the signature does: the exporter writes formulas."""
-    for value, spec in zip(model.graph.outputs, signature.outputs, strict=True):
-        for place, axis in enumerate(spec.axes):
-            if isinstance(axis, str) and not isinstance(value.shape[place], int):
-                value.shape[place] = axis
+    """Name the dynamic axes as the signature does: the exporter writes symbols and formulas."""
+    sides = ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs))
+    for values, specs in sides:
+        for value, spec in zip(values, specs, strict=True):
+            for place, axis in enumerate(spec.axes):
+                if isinstance(axis, str) and not isinstance(value.shape[place], int):
+                    value.shape[place] = axis
 
 
 def _allow_nothing(model: Any) -> None:

@@ -24,6 +24,15 @@ PRECISIONS = ("fp32", "bf16")
 _NOTE = "lora_export"
 
 
+def lacking() -> str:
+    """Return what is not there to write and run these files; nothing where all of it is."""
+    try:
+        package()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def export(
     model: nn.Module,
     signature: Signature,

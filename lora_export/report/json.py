@@ -12,14 +12,14 @@ SCHEMA = 2
 
 def render(certificate: Certificate) -> str:
     """Return the certificate as JSON, with `schema` and `ok` beside its fields."""
-    value = {"schema": SCHEMA, "ok": certificate.ok, **_strict(to_json(certificate, {}))}
+    value = {"schema": SCHEMA, "ok": certificate.ok, **strict(to_json(certificate, {}))}
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """Return `value` with null for what JSON has no number for; the verdict's note says why."""
     if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
+        return {key: strict(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_strict(inner) for inner in value]
+        return [strict(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
