@@ -56,9 +56,16 @@ def export(
     """Compile `model` into `path`, every string axis of the signature free, 0 and 1 included.
 
     Raises:
-        ExportFailed: there is no C++ compiler, or torch cannot export or compile the model.
+        ExportFailed: there is no C++ compiler, the model is an encoder-decoder with its cache, or
+            torch cannot export or compile it.
     """
     _refuse_without_compiler()
+    if signature.has_cache and signature.has_target:
+        # It divides by the number of tokens, and ends the process.
+        raise ExportFailed(
+            "aoti: compiled code cannot take the source of no tokens that each step of an "
+            "encoder-decoder passes; export it to pt2 or onnx, or without: --no-cache"
+        )
     program = captured("aoti", model, signature, example)
     isa = _isa()
     note = as_text(
