@@ -147,6 +147,24 @@ def test_the_figures_of_the_merge_are_those_of_the_shipped_benchmark():
     assert f"and {parts['qv', 'streaming']} times with q and v" in README
 
 
+def test_the_figures_of_exported_models_are_those_of_the_shipped_benchmark():
+    shipped = (ROOT / "artifacts" / "bench-export" / "bench_export.md").read_text("utf-8")
+    known: dict[str, list[str]] = {}
+    for line in shipped.partition("Exports, each")[0].splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 9:
+            known.setdefault(cells[0], []).append(cells[3])
+    section = README.partition("### Measured: exported models")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|$", section, re.M)
+    assert len(rows) > 10
+    for name, *ratios in rows:
+        assert known[name] == ratios, name
+    for name in ("onnx fp32", "transformers onnx"):
+        cells = next(x for x in shipped.splitlines() if x.startswith(f"| distilbert | {name} |"))
+        seconds, peak = (cells.split("|")[place].strip() for place in (4, 6))
+        assert f"{seconds} s and {peak} MB" in " ".join(section.split())
+
+
 def test_contributing_is_short():
     assert len(DOCUMENTS[1].splitlines()) <= 80
 
