@@ -8,10 +8,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from lora_export import calling, exporters, inputs, models
-from lora_export.exporters import _onnx_int8, _onnx_speed
+from lora_export.exporters import _onnx_int8, _onnx_speed, _onnx_translate
 from lora_export.runners.onnx import OnnxRunner
 
 HIDDEN = 32
@@ -253,3 +254,58 @@ def test_the_loss_of_an_embedding_is_its_turn():
     a, b = np.array([[3.0, 0.0]]), np.array([[1.0, 1.0]])
     found = _onnx_int8._loss([{"sentence_embedding": a}], [{"sentence_embedding": b}])
     assert found == pytest.approx(1 - np.sqrt(0.5))
+
+
+# ---------------------------------------------------------------- from torch to the file
+
+
+def test_the_file_is_the_graph_weight_by_weight(both, tmp_path):
+    """What is written piece by piece, as protobuf's own reader reads it."""
+    model = ir.load(str(both[2]))
+    _onnx_translate.save(model, tmp_path / "again.onnx")
+    onnx.checker.check_model(str(tmp_path / "again.onnx"), full_check=True)
+    found, expected = onnx.load(tmp_path / "again.onnx"), ir.to_proto(model)
+    assert [n.SerializeToString() for n in found.graph.node] == [
+        n.SerializeToString() for n in expected.graph.node
+    ]
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in found.graph.initializer}
+    wanted = {t.name: onnx.numpy_helper.to_array(t) for t in expected.graph.initializer}
+    assert arrays.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(arrays[name], array)
+    assert len(model.graph.initializers) == len(wanted)  # the graph has them back
+
+
+@pytest.mark.parametrize("number", [0, 1, 127, 128, 300, 16_383, 16_384, 2**31 + 5])
+def test_numbers_are_written_as_protobuf_writes_them(number):
+    from google.protobuf.internal import encoder
+
+    assert _onnx_translate._varint(number) == encoder._VarintBytes(number)
+
+
+def test_weights_have_the_names_that_they_have_in_the_model(both):
+    names = set(_arrays(both[2]))
+    assert "model.bert.encoder.layer.0.attention.self.query.weight" in names
+    model = families.build("bert-tokens")
+    shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: array.shape for name, array in _arrays(both[2]).items() if name in shapes}
+    assert found == {name: shapes[name] for name in found}
+    assert len(found) >= 30
+
+
+def test_where_the_short_way_fails_the_long_one_is_taken(both, tmp_path, monkeypatch):
+    whole, calls = torch.onnx.export, []
+
+    def failing(*args, **options):
+        calls.append(options["optimize"])
+        if len(calls) == 1:
+            raise torch.onnx.errors.OnnxExporterError("no translation")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    signature, path = exported("bert-tokens", tmp_path / "long.onnx")
+    assert calls == [False, True]
+    arrays = inputs.made(signature, 3, 11, "left", 5)
+    before, after = (OnnxRunner(p, 1).run(arrays)["logits"] for p in (both[2], path))
+    attended = arrays["attention_mask"] == 1
+    np.testing.assert_allclose(after[attended], before[attended], rtol=0, atol=2e-5)
