@@ -285,12 +285,12 @@ def test_numbers_are_written_as_protobuf_writes_them(number):
 
 def test_weights_have_the_names_that_they_have_in_the_model(both):
     names = set(_arrays(both[2]))
-    assert "model.bert.encoder.layer.0.attention.self.query.weight" in names
+    assert "model.bert.encoder.layer.0.intermediate.dense.weight" in names  # not a small one
     model = families.build("bert-tokens")
     shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
     found = {name: array.shape for name, array in _arrays(both[2]).items() if name in shapes}
     assert found == {name: shapes[name] for name in found}
-    assert len(found) >= 30
+    assert len(found) >= 20
 
 
 def test_where_the_short_way_fails_the_long_one_is_taken(both, tmp_path, monkeypatch):
