@@ -8,7 +8,7 @@ embedding of sentence-transformers, a decoder with its cache, and an encoder-dec
 import contextlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lora_export import inputs, models, storage
 from lora_export.companions import SENTENCE_MODULES, is_headless
 from lora_export.errors import InputError, first_line
-from lora_export.generating import PAST, PRESENT
-from lora_export.records import Signature, TensorSpec
+from lora_export.records import PAST, PRESENT, Signature, TensorSpec
 
 LONGEST = 512  # of a model whose positions have no end, and whose tokenizer names none
 # Sizes of the axes in the two runs that tell which axis of an output is which.
@@ -42,13 +41,17 @@ class Tensors(nn.Module):
         """Return everything that the model answers for `given`, by name."""
         return dict(self.model(**given, return_dict=True).items())
 
-    def chosen(self, given: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-        """Return the outputs for `given`: a tensor where there is one, else a tuple."""
+    def everything(self, given: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what `call` does, computed in the model's own precision."""
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         with _InDouble() if dtype is torch.float64 else contextlib.nullcontext():
-            found = self.call(
+            return self.call(
                 {n: t.to(dtype) if t.is_floating_point() else t for n, t in given.items()}
             )
+
+    def chosen(self, given: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """Return the outputs for `given`: a tensor where there is one, else a tuple."""
+        found = self.everything(given)
         # Half precision is handed over as float32, which is exact.
         values = tuple(
             v.float() if v.dtype in (torch.float16, torch.bfloat16) else v
@@ -177,6 +180,17 @@ class EncoderDecoder(Tensors):
         )
 
 
+# Of each kind: what its caches have in their names, the axis of their tokens, and their place in
+# transformers' cache.
+_CACHES: dict[type[Tensors], tuple[tuple[str, str, str], ...]] = {
+    Cached: (("", "past", ""),),
+    EncoderDecoder: (
+        (".encoder", "past", "cross_attention_cache"),
+        (".decoder", "target_past", "self_attention_cache"),
+    ),
+}
+
+
 class _ViewsOfNothing(TorchFunctionMode):
     """Says how long the axis is that a view leaves open by -1, which a tensor of no tokens needs.
 
@@ -268,11 +282,9 @@ def interface_of(
         signature = _of_pictures(model)
     elif tokens is not None and model.main_input_name == "input_ids":
         signature = _of_texts(model, tokens)
-        generates = cache and getattr(model, "can_generate", lambda: False)()
-        if generates and config.is_encoder_decoder:
-            kind, signature = EncoderDecoder, _with_caches(model, signature)
-        elif generates:
-            kind, signature = Cached, _with_cache(model, signature)
+        if cache and _writes(model):
+            kind = EncoderDecoder if config.is_encoder_decoder else Cached
+            signature = _with_caches(model, signature, _CACHES[kind])
         elif folder and is_headless(type(model).__name__) and (pooling := pooling_of(folder)):
             kind = Pooled
     else:
@@ -308,8 +320,7 @@ def _of_texts(model: nn.Module, tokens: Any) -> Signature:
     if name.endswith("ForMultipleChoice"):
         axes = ("batch", "choices", "sequence")
     specs = [TensorSpec(name, "int64", axes) for name in names]
-    headless = config.is_encoder_decoder and is_headless(name)
-    if headless or _generates(model):
+    if config.is_encoder_decoder and (is_headless(name) or _writes(model)):
         specs += [TensorSpec("decoder_input_ids", "int64", ("batch", "target"))]
     start = getattr(config, "decoder_start_token_id", None)
     return Signature(
@@ -322,41 +333,26 @@ def _of_texts(model: nn.Module, tokens: Any) -> Signature:
     )
 
 
-def _generates(model: nn.Module) -> bool:
-    """Whether `model` is an encoder-decoder that writes text."""
-    config: Any = model.config
-    return bool(config.is_encoder_decoder and getattr(model, "can_generate", lambda: False)())
+def _writes(model: nn.Module) -> bool:
+    """Whether `model` writes text."""
+    return bool(getattr(model, "can_generate", lambda: False)())
 
 
-def _with_cache(model: nn.Module, signature: Signature) -> Signature:
-    """Return the signature of a decoder with keys and values in it."""
-    arrays = inputs.made(signature, 2, 3, "none", 0)
-    found = _run(model, arrays, use_cache=True)
-    layers = _layers(model, getattr(found, "past_key_values", None))
-    specs = [replace(spec, axes=_total(spec)) for spec in signature.inputs]
-    specs = [spec for spec in specs if spec.name in ("input_ids", "attention_mask")]
-    return replace(signature, inputs=(*specs, *_cache_specs(layers, "", "past")))
-
-
-def _with_caches(model: nn.Module, signature: Signature) -> Signature:
-    """Return the signature of an encoder-decoder with the keys and values of both in it."""
-    arrays = inputs.made(signature, 2, 3, "none", 0)
-    found = _run(model, arrays, use_cache=True)
-    both = getattr(found, "past_key_values", None)
-    source, target = (
-        _layers(model, getattr(both, name, None))
-        for name in ("cross_attention_cache", "self_attention_cache")
-    )
-    specs = [replace(spec, axes=_total(spec)) for spec in signature.inputs]
-    caches = (
-        *_cache_specs(source, ".encoder", "past"),
-        *_cache_specs(target, ".decoder", "target_past"),
-    )
-    return replace(signature, inputs=(*specs, *caches))
-
-
-def _total(spec: TensorSpec) -> tuple[str | int, ...]:
-    return ("batch", "total") if spec.name == "attention_mask" else spec.axes
+def _with_caches(
+    model: nn.Module, signature: Signature, caches: Sequence[tuple[str, str, str]]
+) -> Signature:
+    """Return the signature of a model that writes, with keys and values in it."""
+    found = _run(model, inputs.made(signature, 2, 3, "none", 0), use_cache=True)
+    held = getattr(found, "past_key_values", None)
+    specs = [
+        replace(spec, axes=("batch", "total")) if spec.name == "attention_mask" else spec
+        for spec in signature.inputs
+        if spec.name in ("input_ids", "attention_mask", "decoder_input_ids")
+    ]
+    for of, axis, place in caches:
+        layers = _layers(model, getattr(held, place, None) if place else held)
+        specs += _cache_specs(layers, of, axis)
+    return replace(signature, inputs=tuple(specs))
 
 
 def _layers(model: nn.Module, cache: Any) -> list[tuple[Tensor, Tensor]]:
@@ -435,34 +431,25 @@ def _present(cache: Any, of: str) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _run(model: nn.Module, arrays: Mapping[str, Any], **more: Any) -> Any:
+    """Return what `model` answers, by transformers' own names."""
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    try:
+    with _named(model, arrays):
         return model(**tensors, return_dict=True, **more)
-    except Exception as error:  # models raise as it comes
-        raise InputError(
-            f"{type(model).__name__} does not run on {', '.join(arrays)}: {first_line(error)}"
-        ) from error
 
 
 @torch.inference_mode()
 def _outputs(blank: Interface, model: nn.Module) -> tuple[TensorSpec, ...]:
     """Return what comes out: an axis that follows one of the inputs in two runs is dynamic."""
     module: Any = blank.bind(model)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     runs = []
     for shape in (_FIRST, _SECOND):
         batch, length, *_ = shape.values()
         more = {name: shape[name] for name in ("past", "target", "target_past")}
         arrays = inputs.made(blank.signature, batch, length, "none", 0, **more)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        given = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
-        try:
-            found = {n: t for n, t in module.call(given).items() if isinstance(t, Tensor)}
-        except Exception as error:  # models raise as it comes
-            raise InputError(
-                f"{type(model).__name__} does not run on {', '.join(arrays)}: {first_line(error)}"
-            ) from error
-        runs.append((blank.signature.sizes(arrays), found))
+        with _named(model, arrays):
+            found = module.everything({n: torch.from_numpy(a) for n, a in arrays.items()})
+        tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        runs.append((blank.signature.sizes(arrays), tensors))
     (first, small), (second, large) = runs
     axes = {(size, second[name]): name for name, size in first.items()}
     specs = []
@@ -472,6 +459,17 @@ def _outputs(blank: Interface, model: nn.Module) -> tuple[TensorSpec, ...]:
         found_axes = tuple(axes.get((a, b), a) for a, b in pairs)
         specs.append(TensorSpec(name, str(wide).removeprefix("torch."), found_axes))
     return tuple(specs)
+
+
+@contextlib.contextmanager
+def _named(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Turn whatever `model` raises into an `InputError` that names it and its inputs."""
+    try:
+        yield
+    except Exception as error:  # models raise as it comes
+        raise InputError(
+            f"{type(model).__name__} does not run on {', '.join(names)}: {first_line(error)}"
+        ) from error
 
 
 def pooling_of(folder: Path) -> str:

@@ -83,6 +83,30 @@ def deciding(outputs: Mapping[str, Array]) -> list[str]:
     return [name for name, array in outputs.items() if "logits" in name and array.shape[-1] > 1]
 
 
+def probabilities(scores: Array) -> Array:
+    """Return the softmax of `scores` over the last axis, in float64."""
+    wide = scores.astype(np.float64)
+    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    found: Array = powers / powers.sum(axis=-1, keepdims=True)
+    return found
+
+
+def divergence(p: Array, q: Array) -> Array:
+    """Return the Kullback-Leibler divergence of `q` from `p`, probabilities, in nats a row."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0).sum(-1)
+    return found
+
+
+def turn(a: Array, b: Array) -> Array:
+    """Return one minus the cosine of `a` and `b` over the last axis; NaN where one is zero."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = 1 - (a * b).sum(-1) / lengths
+    return found
+
+
 def axes_of(evidence: Evidence, name: str) -> tuple[str | int, ...]:
     """Return the axes of the output `name`; none where the evidence does not say."""
     return next((spec.axes for spec in _specs(evidence, name)), ())

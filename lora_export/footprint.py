@@ -52,7 +52,7 @@ def main(name: str, path: str, threads: str, given: str) -> None:
 
     torch.set_num_threads(int(threads))
     exporter = exporters.load(name)
-    getattr(exporter, "lacking", str)()  # loads the runtime, where that is done late
+    exporters.lacking(name)  # loads the runtime, where that is done late
     with np.load(given) as stored:
         arrays = dict(stored)
     gc.collect()

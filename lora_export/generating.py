@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_export.errors import InputError
-from lora_export.records import Array, Signature
+from lora_export.records import PAST, PRESENT, Array, Signature
 from lora_export.runners import Runner
-
-PAST, PRESENT = "past_key_values", "present"  # as optimum names them, in front of layer and part
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ alone. What needs no model, `merge` and `verify`, stands in `lora_export.merged_
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,13 @@ from lora_export import (
 )
 from lora_export.environment import peak_memory
 from lora_export.errors import InputError
-from lora_export.judging import Say, certify, digests_now, publish_evidence, silent
+from lora_export.judging import Say, certify, publish_evidence, silent
 from lora_export.opening import Options, open_job
 from lora_export.records import (
     MERGED,
-    REFERENCE,
     UNMERGED,
-    Artifact,
     Certificate,
     Evidence,
-    FileDigest,
     Measurement,
 )
 
@@ -112,6 +109,7 @@ def run(
         say("timing")
         timed = {UNMERGED: subject.runner(UNMERGED, unmerged), MERGED: subject.runner(MERGED)}
         timings = timing.measure(timed | runners, subject.signature, threads=threads, seed=seed)
+        written = [file for artifact in artifacts.values() for file in artifact.all_files]
         evidence = Evidence(
             account=merged.account,
             weights=merged.weights,
@@ -121,7 +119,7 @@ def run(
             batches=batches,
             recordings=recordings,
             timings=timings,
-            files=(*merged.files, *_files_of(artifacts.values())),
+            files=tuple(dict.fromkeys((*merged.files, *written))),  # they share a tokenizer
             files_now=storage.digest_tree(folder),
         )
         say("judging")
@@ -172,27 +170,9 @@ def export_file(
         batches = stages.batches_of(subject, texts, labels, seed)
         say(f"comparing on {inputs.summary(batches)}")
         runner = stages.open_runners({name: artifact}, path.parent, threads)[name]
-        exact = subject.runner(REFERENCE, stages.exact(subject.model))
-        recordings = {
-            found.name: stages.record(found, batches)
-            for found in (exact, subject.runner(MERGED), runner)
-        }
-        evidence = Evidence(
-            modules=loading.modules_of(subject.model),
-            signature=subject.signature,
-            artifacts=(artifact,),
-            batches=batches,
-            recordings=recordings,
-            floor=MERGED,
-            files=(files := _files_of([artifact])),
-            files_now=digests_now(files, path.parent),
-            measured=cost,
+        evidence = stages.with_artifact(
+            stages.merged_evidence(subject, batches), artifact, runner, path.parent, measured=cost
         )
         digests = (*storage.digest_tree(source), *map(storage.digest, inputs.files(given)))
         settings = {"seed": seed, "inputs": inputs.summary(batches), "precision": precision}
         return certify(evidence, checks.EXPORT, command, digests, settings, threads)
-
-
-def _files_of(artifacts: Iterable[Artifact]) -> tuple[FileDigest, ...]:
-    """Return all files of `artifacts`; those of one folder share a tokenizer."""
-    return tuple(dict.fromkeys(file for a in artifacts for file in (*a.files, *a.beside)))

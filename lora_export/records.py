@@ -161,6 +161,10 @@ class Reading:
 # ---------------------------------------------------------------- the artifact
 
 
+# Of keys and values that go in and come out, in front of layer and part; as optimum names them.
+PAST, PRESENT = "past_key_values", "present"
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Name, dtype and axes of one input or output; a string axis is dynamic."""
@@ -250,6 +254,11 @@ class Artifact:
     leaked_paths: tuple[str, ...]  # paths of the exporting machine found inside the files
     beside: tuple[FileDigest, ...] = ()  # the tokenizer, or what prepares pictures
     precision: str = "fp32"  # of its weights: fp32, fp16, bf16, int8
+
+    @property
+    def all_files(self) -> tuple[FileDigest, ...]:
+        """Every file that goes with it."""
+        return (*self.files, *self.beside)
 
     @property
     def is_reduced(self) -> bool:

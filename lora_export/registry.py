@@ -15,6 +15,8 @@ EXPORTERS = "lora_export.exporters"  # listed by the command line, which loads n
 DEFAULT_EXPORTERS = ("onnx", "torchscript")  # what a run makes where nothing else is asked for
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # of artifacts; each exporter says which it has
 FULL = PRECISIONS[0]
+CALIBRATED = ("int8",)  # those for which an exporter needs inputs to choose by
+PRECISION = "lora_export.precision"  # in the metadata of an artifact, as JSON
 Entry = Any  # a module; what it must provide is said by the folder's own docstring
 
 

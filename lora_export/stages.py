@@ -14,14 +14,17 @@ from lora_export.calling import Interface, interface_of
 from lora_export.companions import PROVENANCE
 from lora_export.errors import ExportFailed, InputError, listed
 from lora_export.injection import attach, idle
+from lora_export.judging import digests_now
 from lora_export.opening import Job
 from lora_export.records import (
     IDLE,
     MERGED,
     REFERENCE,
     UNMERGED,
+    Array,
     Artifact,
     Batch,
+    Evidence,
     FileDigest,
     Recording,
     Signature,
@@ -102,8 +105,8 @@ def export_stage(
     example = inputs.example(subject.signature)
     with models.quiet():
         model = subject.interface.bind(models.in_precision(subject.model, precision))
-        known = about(subject) | {"lora_export.precision": json.dumps(precision)}
-        runs = [batch.arrays for batch in real_batches(subject, *inputs.read_texts(None))]
+        known = about(subject) | {registry.PRECISION: json.dumps(precision)}
+        runs = calibration(subject) if precision in registry.CALIBRATED else ()
         exporter.export(model, subject.signature, example, known, path, precision, runs)
     beside = folder / (f"{file}.tokenizer" if file else "tokenizer")
     return replace(
@@ -111,6 +114,11 @@ def export_stage(
         beside=_processor_to(beside, subject.folder),
         precision=precision,
     )
+
+
+def calibration(subject: Subject) -> list[Mapping[str, Array]]:
+    """Return the inputs by which an exporter chooses what to keep in full precision."""
+    return [batch.arrays for batch in real_batches(subject, *inputs.read_texts(None))]
 
 
 def _processor_to(target: Path, source: Path) -> tuple[FileDigest, ...]:
@@ -191,6 +199,33 @@ def record(runner: Runner, batches: Iterable[Batch]) -> Recording:
     """Return what `runner` answers on `batches`."""
     return Recording(
         runner.name, runner.precision, tuple(runner.run(batch.arrays) for batch in batches)
+    )
+
+
+def merged_evidence(subject: Subject, batches: tuple[Batch, ...]) -> Evidence:
+    """Return what an artifact of the merged model is compared with, before there is one."""
+    runners = (subject.runner(REFERENCE, exact(subject.model)), subject.runner(MERGED))
+    return Evidence(
+        modules=loading.modules_of(subject.model),
+        signature=subject.signature,
+        batches=batches,
+        recordings={runner.name: record(runner, batches) for runner in runners},
+        floor=MERGED,
+    )
+
+
+def with_artifact(
+    evidence: Evidence, artifact: Artifact, runner: Runner, folder: Path, **more: Any
+) -> Evidence:
+    """Return `evidence` with an artifact in `folder` and what it answers, and `more` fields."""
+    recording = record(runner, evidence.batches)
+    return replace(
+        evidence,
+        artifacts=(artifact,),
+        recordings={**evidence.recordings, artifact.format: recording},
+        files=artifact.all_files,
+        files_now=digests_now(artifact.all_files, folder),
+        **more,
     )
 
 

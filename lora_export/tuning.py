@@ -19,7 +19,6 @@ from lora_export import (
     exporters,
     footprint,
     inputs,
-    loading,
     publishing,
     stages,
     storage,
@@ -48,7 +47,6 @@ from lora_export.records import (
     Evidence,
     FileDigest,
     Measurement,
-    Recording,
 )
 from lora_export.report.json import strict
 
@@ -157,7 +155,7 @@ def tune(
         say(f"evaluating the model in float64 on {inputs.summary(batches)}")
         bench = _Bench(
             subject,
-            evidence=_held_against(subject, batches),
+            evidence=stages.merged_evidence(subject, batches),
             shape=(batch, min(length, subject.signature.max_length)),
             eager_threads=max(one.threads for one in wanted),
             seed=seed,
@@ -203,27 +201,13 @@ def _candidates(
         {name: exporters.load(name).PRECISIONS for name in names},
         set(threads) or {1, environment.cores()},
         tuple(dict.fromkeys(precisions)),
-        lambda name: getattr(exporters.load(name), "lacking", str)(),
+        exporters.lacking,
         environment.describe(1)["instruction_sets"],
     )
     if not wanted:
         why = [f"{left.what}: {left.reason}" for left in skipped]
         raise InputError(listed("there is nothing to try", why))
     return wanted, skipped
-
-
-def _held_against(subject: stages.Subject, batches: tuple[Any, ...]) -> Evidence:
-    exact = subject.runner(REFERENCE, stages.exact(subject.model))
-    return Evidence(
-        modules=loading.modules_of(subject.model),
-        signature=subject.signature,
-        batches=batches,
-        recordings={
-            runner.name: stages.record(runner, batches)
-            for runner in (exact, subject.runner(MERGED))
-        },
-        floor=MERGED,
-    )
 
 
 def _try_all(
@@ -278,7 +262,7 @@ def _try(
         artifact = artifacts[one.file]
         opened = stages.open_runners({one.format: artifact}, folder, one.threads)[one.format]
         runner = timing.OnThreads(opened, one.threads)
-        evidence = _evidence(bench, artifact, stages.record(runner, bench.evidence.batches))
+        evidence = stages.with_artifact(bench.evidence, artifact, runner, folder)
         verdicts = checks.judge(evidence, checks.EXPORT)
         timed = timing.measure_shape(
             {MERGED: timing.OnThreads(subject.runner(MERGED), bench.eager_threads), "it": runner},
@@ -313,18 +297,6 @@ def _try(
     timings = (dataclasses.replace(timed, samples_ms=samples),)
     complete = dataclasses.replace(evidence, timings=timings, measured=(cost,))
     return Row(one, figures, verdicts), complete
-
-
-def _evidence(bench: _Bench, artifact: Artifact, recording: Recording) -> Evidence:
-    """Return the evidence that `export` would judge the artifact by."""
-    files = (*artifact.files, *artifact.beside)
-    return dataclasses.replace(
-        bench.evidence,
-        artifacts=(artifact,),
-        recordings={**bench.evidence.recordings, artifact.format: recording},
-        files=files,
-        files_now=digests_now(files, bench.folder((artifact.format, artifact.precision))),
-    )
 
 
 def _deviation(evidence: Evidence, name: str) -> float:

@@ -7,8 +7,8 @@ their probabilities, the task metric where there are labels, and the direction o
 import numpy as np
 
 from lora_export import checks
-from lora_export.compare import deciding, distance, options, valid
-from lora_export.records import REFERENCE, Array, Artifact, Evidence, Status, Verdict
+from lora_export.compare import deciding, distance, divergence, options, probabilities, turn, valid
+from lora_export.records import PRESENT, REFERENCE, Array, Artifact, Evidence, Status, Verdict
 
 SCOPES = (checks.EXPORT, checks.RUN)
 MOST_FLIPS = 0.005  # share of decisions; half a point of accuracy at worst
@@ -45,12 +45,14 @@ def _judge(artifact: Artifact, evidence: Evidence) -> list[Verdict]:
         found += _decisions(name, chosen, real, evidence)
         found += _accuracy(name, chosen[0], real, evidence)
     else:
-        found += [_turn(name, o, real, evidence) for o in outputs if not o.startswith("present.")]
+        found += [
+            _turn(name, o, real, evidence) for o in outputs if not o.startswith(f"{PRESENT}.")
+        ]
     return found
 
 
 def _decisions(name: str, outputs: list[str], real: list[int], evidence: Evidence) -> list[Verdict]:
-    flips, coins, compared, divergence = 0, 0, 0, 0.0
+    flips, coins, compared, drift = 0, 0, 0, 0.0
     for index in real:
         for output in outputs:
             p, q = (_probabilities(name_of, index, output, evidence) for name_of in _both(name))
@@ -59,12 +61,10 @@ def _decisions(name: str, outputs: list[str], real: list[int], evidence: Evidenc
             flips += int((differs & ~(margins <= COIN)).sum())
             coins += int((differs & (margins <= COIN)).sum())
             compared += differs.size
-            with np.errstate(divide="ignore", invalid="ignore"):
-                each = np.where(p > 0, p * (np.log(p) - np.log(q)), 0.0).sum(-1)
-            divergence += float(each.sum())
+            drift += float(divergence(p, q).sum())
     note = f"{flips} of {compared} decisions differ"
     note += f"; {coins} more where the reference tosses a coin" if coins else ""
-    share, mean = (flips / compared, divergence / compared) if compared else (np.nan, np.nan)
+    share, mean = (flips / compared, drift / compared) if compared else (np.nan, np.nan)
     return [
         _within("fidelity", f"{name}, decisions", share, MOST_FLIPS, "share", compared, note),
         _within(
@@ -99,10 +99,7 @@ def _turn(name: str, output: str, real: list[int], evidence: Evidence) -> Verdic
             valid(evidence.recordings[of].outputs[index][output], batch, evidence, output)
             for of in _both(name)
         ]
-        a, b = (row.reshape(-1, row.shape[-1]).astype(np.float64) for row in rows)
-        lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            turned = 1 - (a * b).sum(-1) / lengths
+        turned = turn(*rows).ravel()
         compared += len(turned)
         worst = float(np.max([worst, *turned]))  # NaN stays, and fails
     note = "one minus the least cosine with the reference"
@@ -115,11 +112,8 @@ def _both(name: str) -> tuple[str, str]:
 
 def _probabilities(name: str, index: int, output: str, evidence: Evidence) -> Array:
     """Return the softmax of what one runner answered, float64, (decisions, options)."""
-    array = evidence.recordings[name].outputs[index][output].astype(np.float64)
-    scores = options(array, evidence.batches[index], evidence, output)
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    found: Array = powers / powers.sum(axis=-1, keepdims=True)
-    return found
+    array = evidence.recordings[name].outputs[index][output]
+    return probabilities(options(array, evidence.batches[index], evidence, output))
 
 
 def _within(

@@ -11,8 +11,8 @@ To add a format, add one file here with:
     open_runner(path, threads) -> Runner                something that runs it
     files(path) -> Iterable[Path]                       optional: the files it consists of, `path`
                                                         first; else `path` and `path.*`
-    lacking() -> str                                    optional: what is not there on this machine
-                                                        to write or run it; else nothing lacks
+    require()                                           optional: raises where what writes or runs
+                                                        it is not there on this machine
 
 `model` takes tensors in the order of `signature.inputs` and returns a tensor, or a tuple of them,
 in the order of `signature.outputs`; where `precision` is fp16 or bf16, its weights are in it.
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import registry, storage
+from lora_export.errors import LoraExportError
 from lora_export.records import Artifact, TensorSpec
 
 
@@ -51,6 +52,15 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> registry.Entry:
     """Return the module of the format `name`; raises `InputError` for an unknown one."""
     return registry.load(__name__, name)
+
+
+def lacking(name: str) -> str:
+    """Return what the format `name` lacks on this machine; nothing where all of it is there."""
+    try:
+        getattr(load(name), "require", bool)()
+    except LoraExportError as error:
+        return str(error)
+    return ""
 
 
 def describe(name: str, path: Path) -> Artifact:

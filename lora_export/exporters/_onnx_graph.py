@@ -26,6 +26,13 @@ def producer(node: Node, op_type: str, index: int, by: str) -> Node | None:
     return producer if producer is not None and producer.op_type == by else None
 
 
+def untransposed(value: Value) -> tuple[Value, bool]:
+    """Return the value that `value` is the transpose of, and whether it is one; else itself."""
+    node = value.producer()
+    turned = node is not None and node.op_type == "Transpose"
+    return (node.inputs[0] if turned else value), turned
+
+
 def constant(value: Value | None) -> Array | None:
     """Return the array that `value` always is, or None where it is computed."""
     return None if value is None or value.const_value is None else value.const_value.numpy()

@@ -1,10 +1,11 @@
 """Eight-bit weights in an ONNX graph, in the form that onnxruntime runs fastest on a CPU."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.compare import divergence, probabilities, turn
 from lora_export.environment import cores
 from lora_export.exporters._onnx_graph import (
     Graph,
@@ -16,8 +17,9 @@ from lora_export.exporters._onnx_graph import (
     layer_of,
     replace,
     tidy,
+    untransposed,
 )
-from lora_export.records import Array
+from lora_export.records import PRESENT, Array
 from lora_export.runners.onnx import OnnxRunner
 
 # Mean loss on the calibration inputs that is good enough: a tenth of what `checks.fidelity` allows,
@@ -61,22 +63,14 @@ def _loss(reference: list[dict[str, Array]], found: list[dict[str, Array]]) -> f
     losses = []
     for expected, answer in zip(reference, found, strict=True):
         for name, array in expected.items():
-            if not name.startswith("present."):
-                p, q = array.astype(np.float64), answer[name].astype(np.float64)
-                losses.append((_divergence if "logits" in name else _turn)(p, q).mean())
+            if name.startswith(f"{PRESENT}."):
+                continue
+            if "logits" in name:
+                loss = divergence(probabilities(array), probabilities(answer[name]))
+            else:
+                loss = turn(array, answer[name])
+            losses.append(loss.mean())
     return float(np.mean(losses))
-
-
-def _divergence(p: Array, q: Array) -> Array:
-    logs = [x - x.max(-1, keepdims=True) for x in (p, q)]
-    logs = [x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logs]
-    found: Array = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
-    return found
-
-
-def _turn(p: Array, q: Array) -> Array:
-    found: Array = 1 - (p * q).sum(-1) / (np.linalg.norm(p, axis=-1) * np.linalg.norm(q, axis=-1))
-    return found
 
 
 def linears(model: Model) -> tuple[str, ...]:
@@ -108,32 +102,23 @@ def quantise(model: Model, kept: Collection[str] = ()) -> None:
 
 def _is_linear(node: Node) -> bool:
     """Whether `node` is a product with a constant matrix of enough columns, and perhaps a sum."""
-    if node.op_type not in ("Gemm", "MatMul") or len(list(_constants(node))) == 0:
+    if node.op_type not in ("Gemm", "MatMul"):
+        return False
+    matrix, _ = untransposed(node.inputs[1])
+    parts = (matrix, *(value for value in node.inputs[2:] if value is not None))
+    if any(part.const_value is None or part.dtype != _FLOAT for part in parts):
         return False
     plain = node.op_type == "MatMul" or (
         not node.attributes.get_int("transA", 0)
         and node.attributes.get_float("alpha", 1.0) == node.attributes.get_float("beta", 1.0) == 1.0
     )
-    shape = _matrix(node).shape
-    return plain and len(shape) == 2 and shape[1] >= LEAST_FEATURES
-
-
-def _constants(node: Node) -> Iterator[Value]:
-    """Yield the matrix of `node` where it and all that is added are constants in float32."""
-    matrix, *more = node.inputs[1:]
-    turn = matrix.producer()
-    if turn is not None and turn.op_type == "Transpose":
-        matrix = turn.inputs[0]
-    values = [matrix, *(value for value in more if value is not None)]
-    if all(v.const_value is not None and v.dtype == _FLOAT for v in values):
-        yield matrix
+    return plain and len(matrix.shape) == 2 and _matrix(node).shape[1] >= LEAST_FEATURES
 
 
 def _matrix(node: Node) -> Array:
     """Return the matrix that `node` multiplies by, (features in, features out)."""
-    (value,) = _constants(node)
+    value, turned = untransposed(node.inputs[1])
     array: Array = value.const_value.numpy()
-    turned = value is not node.inputs[1]
     return array.T if turned != bool(node.attributes.get_int("transB", 0)) else array
 
 

@@ -20,6 +20,7 @@ from lora_export.exporters._onnx_graph import (
     producer,
     replace,
     tidy,
+    untransposed,
 )
 
 _FLOAT = ir.DataType.FLOAT
@@ -270,10 +271,7 @@ def _linear_parts(node: Node) -> _Linear | None:
         if product is None or len(product.outputs[0].uses()) != 1 or bias.const_value is None:
             continue
         x, weight = product.inputs
-        turn = weight.producer()
-        transposed = turn is not None and turn.op_type == "Transpose"
-        if transposed:
-            weight = turn.inputs[0]
+        weight, transposed = untransposed(weight)
         if weight.const_value is None or len(weight.shape) != 2 or weight.dtype != _FLOAT:
             continue
         features = weight.shape[0 if transposed else 1]

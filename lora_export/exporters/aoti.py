@@ -35,13 +35,14 @@ _BUILD_ID = re.compile(rb"(\x04\0{3}\x14\0{3}\x03\0{3}GNU\0).{20}", re.DOTALL)  
 _INSIDE = "data/aotinductor/model/"  # where torch's loader looks
 
 
-def lacking() -> str:
-    """Return what is not there to write these files; nothing where all of it is."""
-    try:
-        _refuse_without_compiler()
-    except ExportFailed as error:
-        return str(error)
-    return ""
+def require() -> None:
+    """Raise `ExportFailed` where there is no compiler."""
+    wanted = [name for name in config.cpp.cxx if name]
+    if not any(map(shutil.which, wanted)):
+        raise ExportFailed(
+            f"aoti: no C++ compiler: {' or '.join(wanted)} is not there; install g++ (on Debian: "
+            "apt-get install g++) or name another in the environment variable CXX"
+        )
 
 
 def export(
@@ -59,7 +60,7 @@ def export(
         ExportFailed: there is no C++ compiler, the model is an encoder-decoder with its cache, or
             torch cannot export or compile it.
     """
-    _refuse_without_compiler()
+    require()
     if signature.has_cache and signature.has_target:
         # It divides by the number of tokens, and ends the process.
         raise ExportFailed(
@@ -109,15 +110,6 @@ def open_runner(path: Path, threads: int) -> AotiRunner:
     `threads` is not used: torch has one setting for all that runs in it, and the caller has set it.
     """
     return AotiRunner(path)
-
-
-def _refuse_without_compiler() -> None:
-    wanted = [name for name in config.cpp.cxx if name]
-    if not any(map(shutil.which, wanted)):
-        raise ExportFailed(
-            f"aoti: no C++ compiler: {' or '.join(wanted)} is not there; install g++ (on Debian: "
-            "apt-get install g++) or name another in the environment variable CXX"
-        )
 
 
 def _isa() -> list[str]:

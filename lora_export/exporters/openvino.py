@@ -24,13 +24,9 @@ PRECISIONS = ("fp32", "bf16")
 _NOTE = "lora_export"
 
 
-def lacking() -> str:
-    """Return what is not there to write and run these files; nothing where all of it is."""
-    try:
-        package()
-    except InputError as error:
-        return str(error)
-    return ""
+def require() -> None:
+    """Raise `InputError` where OpenVINO is not installed."""
+    package()
 
 
 def export(
@@ -102,7 +98,7 @@ def inspect(path: Path) -> Contents:
 
 def open_runner(path: Path, threads: int) -> OpenvinoRunner:
     """Return a runner for the files at `path`, which computes in their precision."""
-    said = inspect(path).facts["metadata"].get("lora_export.precision")
+    said = inspect(path).facts["metadata"].get(registry.PRECISION)
     return OpenvinoRunner(path, threads, "bf16" if said == '"bf16"' else "f32")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_export import registry
-from lora_export.errors import ExportFailed
+from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents
 from lora_export.records import Array, Signature, TensorSpec
 from lora_export.runners.torchscript import SIGNATURE_FILE, TorchScriptRunner
@@ -58,7 +58,7 @@ def export(
             torch.jit.save(traced, str(traced_path), _extra_files=extra)
         _without_source_paths(traced_path, path)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ExportFailed(f"TorchScript: {str(error).strip().splitlines()[0]}") from error
+        raise ExportFailed(f"TorchScript: {first_line(error)}") from error
     finally:
         traced_path.unlink(missing_ok=True)
 

@@ -1,13 +1,13 @@
 """An ONNX file, run by onnxruntime on the CPU."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime
 
+from lora_export import registry
 from lora_export.records import Array
-
-PRECISION = "lora_export.precision"  # in the metadata of the file, as JSON
 
 
 class OnnxRunner:
@@ -27,10 +27,9 @@ class OnnxRunner:
             providers=["CPUExecutionProvider"],
         )
         self.outputs = [node.name for node in self.session.get_outputs()]
-        said = self.session.get_modelmeta().custom_metadata_map.get(PRECISION, '"fp32"')
-        self.precision = {"fp32": "float32", "fp16": "float16"}.get(
-            said.strip('"'), said.strip('"')
-        )
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        said = json.loads(metadata.get(registry.PRECISION, f'"{registry.FULL}"'))
+        self.precision = {"fp32": "float32", "fp16": "float16"}.get(said, said)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the named outputs for named inputs."""
