@@ -32,6 +32,7 @@ from lora_export.records import (
     UNMERGED,
     Certificate,
     Evidence,
+    Form,
     Measurement,
 )
 
@@ -143,16 +144,29 @@ def export_file(
     overwrite: bool = False,
     seed: int = 0,
     cache: bool = True,
-    precision: str = registry.FULL,
     command: str = "lora_export.export_file",
     say: Say = silent,
+    **form: Any,
 ) -> Certificate:
     """Export a merged model to the format `name`, and compare the file with the model in float64.
+
+    Args:
+        name: Artifact format.
+        model: Directory of a merged model.
+        out: File to write; None takes `model` and the suffix of the format.
+        data: Sentences to compare on (see `inputs.read_texts`); None takes the shipped set.
+        overwrite: Replace an existing `out`.
+        seed: Of the generated inputs and of the order of timing.
+        cache: Whether the artifact of a model that generates takes and gives its cache.
+        command: What to record as the command that was run.
+        say: Called with the name of each stage as it begins.
+        form: Fields of `records.Form`.
 
     Raises:
         InputError, ExportFailed: nothing is left behind then.
     """
-    source = Path(model)
+    source, wanted = Path(model), Form(**form)
+    exporters.refuse_unknown(name, wanted)
     target = Path(out) if out is not None else Path(f"model{exporters.load(name).SUFFIX}")
     given = [Path(data)] if data is not None else []
     publishing.check_output(target, overwrite=overwrite, directory=False, inputs=[source, *given])
@@ -162,7 +176,7 @@ def export_file(
     with timing.all_threads() as threads, publishing.staged(target, overwrite=overwrite) as path:
         say(f"exporting {name}")
         begun = time.perf_counter()
-        artifact = stages.export_stage(name, subject, path.parent, path.name, precision)
+        artifact = stages.export_stage(name, subject, path.parent, path.name, wanted)
         cost = (
             Measurement("export", name, time.perf_counter() - begun, "s", 1),
             Measurement("peak memory", f"{name}, model included", peak_memory() / 1e6, "MB", 1),
@@ -174,5 +188,5 @@ def export_file(
             stages.merged_evidence(subject, batches), artifact, runner, path.parent, measured=cost
         )
         digests = (*storage.digest_tree(source), *map(storage.digest, inputs.files(given)))
-        settings = {"seed": seed, "inputs": inputs.summary(batches), "precision": precision}
+        settings = {"seed": seed, "inputs": inputs.summary(batches), **vars(wanted)}
         return certify(evidence, checks.EXPORT, command, digests, settings, threads)

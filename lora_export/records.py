@@ -270,6 +270,26 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Form:
+    """The form that an artifact is asked to have. Every exporter says which it can give."""
+
+    precision: str = "fp32"  # of its weights
+    static: bool = False  # int8: activations by ranges found beforehand, not anew in every call
+    optimize: bool = True  # rewrite the graph for speed, at equal precision
+    external_data: bool = False  # the weights in a file of their own
+    target: str = "native"  # the processors that it is for
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What differs from the usual, the precision left out."""
+        usual = Form(self.precision)
+        return {k: v for k, v in vars(self).items() if v != getattr(usual, k)}
+
+
+PLAIN = Form()
+
+
+@dataclass(frozen=True)
 class Batch:
     """Named input arrays for one call, and where they come from."""
 

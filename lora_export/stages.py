@@ -19,6 +19,7 @@ from lora_export.opening import Job
 from lora_export.records import (
     IDLE,
     MERGED,
+    PLAIN,
     REFERENCE,
     UNMERGED,
     Array,
@@ -26,6 +27,7 @@ from lora_export.records import (
     Batch,
     Evidence,
     FileDigest,
+    Form,
     Recording,
     Signature,
 )
@@ -87,7 +89,7 @@ def export_stage(
     subject: Subject,
     folder: Path,
     file: str | None = None,
-    precision: str = registry.FULL,
+    form: Form = PLAIN,
 ) -> Artifact:
     """Export the merged model to `folder` and return what is found in the written file.
 
@@ -95,24 +97,25 @@ def export_stage(
     which all artifacts of the folder share.
 
     Raises:
-        InputError: the format has no such precision.
+        InputError: the format has no such form.
         ExportFailed: the backend cannot write the model, or cannot open what it wrote.
     """
     exporter = exporters.load(name)
-    if precision not in exporter.PRECISIONS:
-        raise InputError(f"{name} is written in {', '.join(exporter.PRECISIONS)}, not {precision}")
+    exporters.refuse_unknown(name, form)
     path = folder / (file or f"model{exporter.SUFFIX}")
     example = inputs.example(subject.signature)
     with models.quiet():
-        model = subject.interface.bind(models.in_precision(subject.model, precision))
-        known = about(subject) | {registry.PRECISION: json.dumps(precision)}
-        runs = calibration(subject) if precision in registry.CALIBRATED else ()
-        exporter.export(model, subject.signature, example, known, path, precision, runs)
+        model = subject.interface.bind(models.in_precision(subject.model, form.precision))
+        known = about(subject) | {registry.PRECISION: json.dumps(form.precision)}
+        runs = calibration(subject) if form.precision in registry.CALIBRATED else ()
+        exporter.export(
+            exporters.Request(model, subject.signature, example, known, path, form, runs)
+        )
     beside = folder / (f"{file}.tokenizer" if file else "tokenizer")
     return replace(
         exporters.describe(name, path),
         beside=_processor_to(beside, subject.folder),
-        precision=precision,
+        precision=form.precision,
     )
 
 

@@ -46,6 +46,7 @@ from lora_export.records import (
     Certificate,
     Evidence,
     FileDigest,
+    Form,
     Measurement,
 )
 from lora_export.report.json import strict
@@ -257,7 +258,7 @@ def _try(
         if one.file not in artifacts:
             folder.mkdir(parents=True)
             artifacts[one.file] = stages.export_stage(
-                one.format, subject, folder, precision=one.precision
+                one.format, subject, folder, form=Form(one.precision)
             )
         artifact = artifacts[one.file]
         opened = stages.open_runners({one.format: artifact}, folder, one.threads)[one.format]

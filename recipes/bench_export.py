@@ -716,6 +716,7 @@ def export(folder: Path, artifact: str, place: Path, threads: int) -> dict[str, 
 
         def work() -> None:
             from lora_export import exporters, models
+            from lora_export.records import Form
 
             exporter = exporters.load(name)
             with models.quiet():
@@ -723,7 +724,11 @@ def export(folder: Path, artifact: str, place: Path, threads: int) -> dict[str, 
                 note = {"lora_export.precision": json.dumps(precision)}
                 runs = [batch.arrays for batch in texts]
                 path = place / f"model{exporter.SUFFIX}"
-                exporter.export(module, subject.signature, example, note, path, precision, runs)
+                exporter.export(
+                    exporters.Request(
+                        module, subject.signature, example, note, path, Form(precision), runs
+                    )
+                )
 
     gc.collect()
     before = resident()

@@ -24,7 +24,7 @@ from torch import nn
 
 from lora_export import exporters
 from lora_export.errors import ExportFailed, InputError
-from lora_export.exporters import aoti
+from lora_export.exporters import Request, aoti
 from lora_export.records import Signature, TensorSpec
 from lora_export.runners import aoti as runners
 from lora_export.runners._torch import NOTE
@@ -53,7 +53,7 @@ def test_without_a_compiler_its_name_is_in_the_error(tiny, tmp_path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     model, signature, example = plain(tiny)
     with pytest.raises(ExportFailed, match=r"no C\+\+ compiler: g\+\+ is not there; install"):
-        aoti.export(model, signature, example, ABOUT, tmp_path / "model.aoti.pt2")
+        aoti.export(Request(model, signature, example, ABOUT, tmp_path / "model.aoti.pt2"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,7 +103,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 def classifier(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("aoti") / "model.aoti.pt2"
     model, signature, example = plain(tiny)
-    aoti.export(model, signature, example, ABOUT, path)
+    aoti.export(Request(model, signature, example, ABOUT, path))
     return model, signature, path
 
 
@@ -111,7 +111,7 @@ def classifier(tiny, tmp_path_factory):
 def decoder(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("aoti") / "model.aoti.pt2"
     model, signature, example = with_cache(tiny)
-    aoti.export(model, signature, example, ABOUT, path)
+    aoti.export(Request(model, signature, example, ABOUT, path))
     return model, signature, path
 
 
@@ -185,7 +185,7 @@ def test_inputs_that_were_not_compiled_for_are_refused(classifier):
 @pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes(tiny, classifier, tmp_path):
     model, signature, example = plain(tiny)
-    aoti.export(model, signature, example, ABOUT, tmp_path / "another.aoti.pt2")
+    aoti.export(Request(model, signature, example, ABOUT, tmp_path / "another.aoti.pt2"))
     assert (tmp_path / "another.aoti.pt2").read_bytes() == classifier[2].read_bytes()
 
 
@@ -208,7 +208,7 @@ def test_tied_weights_are_stored_once(tiny, tmp_path):
     for family in ("llama", "llama-tied"):
         model, signature, example = plain(tiny, family, (("batch", "sequence", 100),))
         path = tmp_path / f"{family}.aoti.pt2"
-        aoti.export(model, signature, example, ABOUT, path)
+        aoti.export(Request(model, signature, example, ABOUT, path))
         sizes.append(path.stat().st_size)
     assert sizes[0] - sizes[1] > 0.8 * 4 * 100 * 32
 
@@ -225,4 +225,6 @@ def test_a_model_that_looks_at_values_is_an_export_failure(tmp_path):
     )
     signature = Signature(ids, (TensorSpec("logits", "float32", ("batch", 2)),), 64, 100, 0)
     with pytest.raises(ExportFailed, match=r"aoti: .*data-dependent"):
-        aoti.export(Broken(), signature, arrays(3, 7, "right"), {}, tmp_path / "m.aoti.pt2")
+        aoti.export(
+            Request(Broken(), signature, arrays(3, 7, "right"), {}, tmp_path / "m.aoti.pt2")
+        )

@@ -19,6 +19,7 @@ from program_made import (
 
 from lora_export import exporters
 from lora_export.errors import ExportFailed, InputError
+from lora_export.exporters import Request
 from lora_export.exporters import openvino as exporter
 from lora_export.runners.openvino import OpenvinoRunner
 
@@ -29,7 +30,7 @@ openvino = pytest.importorskip("openvino")
 def classifier(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("openvino") / "model.xml"
     model, signature, example = plain(tiny)
-    exporter.export(model, signature, example, ABOUT, path)
+    exporter.export(Request(model, signature, example, ABOUT, path))
     return model, signature, path
 
 
@@ -37,7 +38,7 @@ def classifier(tiny, tmp_path_factory):
 def decoder(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("openvino") / "model.xml"
     model, signature, example = with_cache(tiny)
-    exporter.export(model, signature, example, ABOUT, path)
+    exporter.export(Request(model, signature, example, ABOUT, path))
     return model, signature, path
 
 
@@ -99,7 +100,7 @@ def test_another_precision_is_stated(classifier):
 def test_the_same_model_gives_the_same_bytes(tiny, classifier, tmp_path):
     model, signature, example = plain(tiny)
     path = tmp_path / "model.xml"
-    exporter.export(model, signature, example, ABOUT, path)
+    exporter.export(Request(model, signature, example, ABOUT, path))
     for mine, other in zip(exporter.files(path), exporter.files(classifier[2]), strict=True):
         assert mine.read_bytes() == other.read_bytes()
 
@@ -118,7 +119,7 @@ def test_tied_weights_are_stored_once(tmp_path):
             outputs=(("batch", "sequence", 600),),
         )
         path = tmp_path / f"{is_tied}.xml"
-        exporter.export(model, signature, example, ABOUT, path)
+        exporter.export(Request(model, signature, example, ABOUT, path))
         sizes.append(path.with_suffix(".bin").stat().st_size)
     assert sizes[0] - sizes[1] == pytest.approx(4 * 600 * 32, abs=64)
 
@@ -145,7 +146,7 @@ def test_a_graph_of_somebody_else_is_refused(classifier, tmp_path):
 def test_the_name_has_to_end_in_xml(tiny, tmp_path):
     model, signature, example = plain(tiny)
     with pytest.raises(InputError, match=r"NAME\.xml and NAME\.bin; model\.bin is neither"):
-        exporter.export(model, signature, example, ABOUT, tmp_path / "model.bin")
+        exporter.export(Request(model, signature, example, ABOUT, tmp_path / "model.bin"))
 
 
 def test_without_the_package_the_extra_is_named(tiny, classifier, tmp_path, monkeypatch):
@@ -153,7 +154,7 @@ def test_without_the_package_the_extra_is_named(tiny, classifier, tmp_path, monk
     model, signature, example = plain(tiny)
     path = classifier[2]
     for ask in (
-        lambda: exporter.export(model, signature, example, ABOUT, tmp_path / "model.xml"),
+        lambda: exporter.export(Request(model, signature, example, ABOUT, tmp_path / "model.xml")),
         lambda: exporter.inspect(path),
         lambda: exporter.open_runner(path, 1),
     ):

@@ -24,7 +24,7 @@ from torch import nn
 
 from lora_export import exporters
 from lora_export.errors import ExportFailed
-from lora_export.exporters import pt2
+from lora_export.exporters import Request, pt2
 from lora_export.records import Signature, TensorSpec
 
 
@@ -32,7 +32,7 @@ from lora_export.records import Signature, TensorSpec
 def classifier(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("pt2") / "model.pt2"
     model, signature, example = plain(tiny)
-    pt2.export(model, signature, example, ABOUT, path)
+    pt2.export(Request(model, signature, example, ABOUT, path))
     return model, signature, path
 
 
@@ -50,7 +50,7 @@ def decoding(decoder):
 def decoder(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("pt2") / "model.pt2"
     model, signature, example = with_cache(tiny)
-    pt2.export(model, signature, example, ABOUT, path)
+    pt2.export(Request(model, signature, example, ABOUT, path))
     return model, signature, path
 
 
@@ -116,7 +116,7 @@ def test_no_metadata_of_the_exporting_machine_is_kept(classifier):
 
 def test_the_same_model_gives_the_same_bytes_under_any_name(tiny, classifier, tmp_path):
     model, signature, example = plain(tiny)
-    pt2.export(model, signature, example, ABOUT, tmp_path / "another.pt2")
+    pt2.export(Request(model, signature, example, ABOUT, tmp_path / "another.pt2"))
     assert (tmp_path / "another.pt2").read_bytes() == classifier[2].read_bytes()
 
 
@@ -126,10 +126,10 @@ def test_a_fresh_process_gives_the_same_bytes(tiny, tmp_path):
         "import sys, pathlib\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "import conftest, program_made\n"
-        "from lora_export.exporters import pt2\n"
+        "from lora_export.exporters import Request, pt2\n"
         "for kind in (program_made.plain, program_made.with_cache):\n"
         "    path = pathlib.Path(sys.argv[2], kind.__name__ + '.pt2')\n"
-        "    pt2.export(*kind(conftest.build), program_made.ABOUT, path)\n"
+        "    pt2.export(Request(*kind(conftest.build), program_made.ABOUT, path))\n"
     )
     here = str(Path(__file__).parent)
     for name in ("first", "second"):
@@ -148,7 +148,7 @@ def test_tied_weights_are_stored_once(tiny, tmp_path):
     for family in ("llama", "llama-tied"):
         path = tmp_path / f"{family}.pt2"
         model, signature, example = plain(tiny, family, outputs)
-        pt2.export(model, signature, example, ABOUT, path)
+        pt2.export(Request(model, signature, example, ABOUT, path))
         sizes.append(path.stat().st_size)
         given = arrays(2, 5, "right")
         assert_same(pt2.open_runner(path, 1).run(given), expected(model, signature, given))
@@ -188,25 +188,25 @@ def small(kind):
 def test_a_model_that_fixes_an_axis_is_an_export_failure(tmp_path):
     model, signature, example = small(Fixed)
     with pytest.raises(ExportFailed, match=r"pt2: not at .*attention_mask.* == 7"):
-        pt2.export(model, signature, example, ABOUT, tmp_path / "model.pt2")
+        pt2.export(Request(model, signature, example, ABOUT, tmp_path / "model.pt2"))
 
 
 def test_a_model_that_looks_at_values_is_an_export_failure(tmp_path):
     model, signature, example = small(Broken)
     with pytest.raises(ExportFailed, match=r"pt2: .*data-dependent"):
-        pt2.export(model, signature, example, ABOUT, tmp_path / "model.pt2")
+        pt2.export(Request(model, signature, example, ABOUT, tmp_path / "model.pt2"))
 
 
 def test_a_model_that_cannot_do_with_one_token_is_an_export_failure(tmp_path):
     model, signature, example = small(InSevens)
     with pytest.raises(ExportFailed, match="not at batch 1, length 1: shape"):
-        pt2.export(model, signature, example, ABOUT, tmp_path / "model.pt2")
+        pt2.export(Request(model, signature, example, ABOUT, tmp_path / "model.pt2"))
 
 
 def test_a_condition_that_matters_is_not_dropped_in_silence(tmp_path):
     model, signature, example = small(OneIsSpecial)
     with pytest.raises(ExportFailed, match="logits is not the model's at batch 1, length 1"):
-        pt2.export(model, signature, example, ABOUT, tmp_path / "model.pt2")
+        pt2.export(Request(model, signature, example, ABOUT, tmp_path / "model.pt2"))
 
 
 @pytest.mark.parametrize("share", [3, 50, 99])
@@ -235,7 +235,7 @@ def test_what_is_left_of_a_lora_would_be_found(tiny, fill, tmp_path):
     model, signature, example = plain(tiny)
     inject(model.model, LoraConfig(rank=2, alpha=2.0))
     fill(model.model)
-    pt2.export(model.eval(), signature, example, ABOUT, tmp_path / "model.pt2")
+    pt2.export(Request(model.eval(), signature, example, ABOUT, tmp_path / "model.pt2"))
     assert any("lora_A" in n for n in exporters.describe("pt2", tmp_path / "model.pt2").lora_names)
 
 

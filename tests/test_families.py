@@ -42,7 +42,8 @@ def exported(family, name, folder):
     exporter = exporters.load(name)
     path = folder / f"model{exporter.SUFFIX}"
     example = inputs.example(signature)
-    exporter.export(interface.bind(model), signature, example, {"made by": "a test"}, path)
+    about = {"made by": "a test"}
+    exporter.export(exporters.Request(interface.bind(model), signature, example, about, path))
     runners = {
         REFERENCE: EagerRunner(REFERENCE, interface.bind(copy.deepcopy(model).double()), signature),
         UNMERGED: EagerRunner(UNMERGED, interface.bind(model), signature),

@@ -7,6 +7,7 @@ import torch
 
 from lora_export import calling, exporters, inputs
 from lora_export.errors import InputError
+from lora_export.exporters import Request
 from lora_export.generating import Sampling, generate
 from lora_export.runners.eager import EagerRunner
 
@@ -92,7 +93,8 @@ def test_onnxruntime_writes_what_transformers_writes(name, tmp_path):
     model, found = made(name)
     onnx = exporters.load("onnx")
     example = inputs.example(found.signature)
-    onnx.export(found.bind(model), found.signature, example, {"a": "b"}, tmp_path / "model.onnx")
+    path = tmp_path / "model.onnx"
+    onnx.export(Request(found.bind(model), found.signature, example, {"a": "b"}, path))
     runner = onnx.open_runner(tmp_path / "model.onnx", 1)
     ids, mask = prompts(found.signature)
     written = generate(runner, found.signature, ids, mask, max_new_tokens=12)

@@ -13,22 +13,22 @@ from onnx import TensorProto, helper
 
 from lora_export import calling, exporters, inputs, models
 from lora_export.exporters import _onnx_int8, _onnx_speed, _onnx_translate
+from lora_export.records import Form
 from lora_export.runners.onnx import OnnxRunner
 
 HIDDEN = 32
 
 
-def exported(family, path, monkeypatch=None, **options):
-    """Write a small model; with `monkeypatch`, as torch's exporter left it."""
+def exported(family, path, calibration=(), **form):
+    """Write a small model."""
     model = families.build(family)
     interface = calling.interface_of(model, families.tokens_of(model))
-    if monkeypatch:
-        monkeypatch.setattr(_onnx_speed, "optimise", lambda model: {})
-    example = inputs.example(interface.signature)
+    example, bound = inputs.example(interface.signature), interface.bind(model)
+    request = exporters.Request(
+        bound, interface.signature, example, {}, path, Form(**form), calibration
+    )
     with models.quiet():
-        exporters.load("onnx").export(
-            interface.bind(model), interface.signature, example, {}, path, **options
-        )
+        exporters.load("onnx").export(request)
     return interface.signature, path
 
 
@@ -40,8 +40,7 @@ def counts(path):
 def both(tmp_path_factory):
     """A BERT with a head per token: as torch wrote it, and rewritten."""
     folder = tmp_path_factory.mktemp("forms")
-    with pytest.MonkeyPatch.context() as patched:
-        signature, plain = exported("bert-tokens", folder / "plain.onnx", patched)
+    signature, plain = exported("bert-tokens", folder / "plain.onnx", optimize=False)
     _, fast = exported("bert-tokens", folder / "fast.onnx")
     return signature, plain, fast
 

@@ -24,6 +24,18 @@ def _export(ctx: click.Context, name: str, options: dict[str, Any]) -> None:
     ctx.exit(_shared.finish(certificate, as_json=as_json, written=options["out"]))
 
 
+_optimize = click.option(
+    "--optimize/--no-optimize",
+    default=True,
+    show_default=True,
+    help="Rewrite the graph into what its runtime runs fastest, at equal precision (onnx, "
+    "openvino). Without, it is as torch exported it.",
+)
+_external_data = click.option(
+    "--external-data",
+    is_flag=True,
+    help="Weights in a file of their own, OUT.data (onnx; always so above 1.5 GB).",
+)
 _precision = click.option(
     "--precision",
     type=click.Choice(registry.PRECISIONS),
@@ -43,6 +55,8 @@ def _with_options(function: Any) -> Any:
         _shared.overwrite_option,
         _shared.seed_option,
         _shared.cache_option,
+        _external_data,
+        _optimize,
         _precision,
         _shared.data_option,
         out,

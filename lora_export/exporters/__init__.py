@@ -2,36 +2,59 @@
 
 To add a format, add one file here with:
 
-    SUFFIX = ".onnx"                                    of the file it writes
-    PRECISIONS = ("fp32", "int8")                       that it can write
-    export(model, signature, example, about, path, precision, calibration)
-                                                        write `path` (and files beside it);
-                                                        raises `ExportFailed`
-    inspect(path) -> Contents                           what the written file says about itself
-    open_runner(path, threads) -> Runner                something that runs it
-    files(path) -> Iterable[Path]                       optional: the files it consists of, `path`
-                                                        first; else `path` and `path.*`
-    require()                                           optional: raises where what writes or runs
-                                                        it is not there on this machine
+    SUFFIX = ".onnx"                        of the file it writes
+    PRECISIONS = ("fp32", "int8")           that it can write
+    OPTIONS = ("external_data",)            optional: other fields of `Form` that it heeds
+    export(request: Request)                write `request.path` (and files beside it); raises
+                                            `ExportFailed`
+    inspect(path) -> Contents               what the written file says about itself
+    open_runner(path, threads) -> Runner    something that runs it
+    files(path) -> Iterable[Path]           optional: the files it consists of, `path` first; else
+                                            `path` and `path.*`
+    require()                               optional: raises where what writes or runs it is not
+                                            there on this machine
 
-`model` takes tensors in the order of `signature.inputs` and returns a tensor, or a tuple of them,
-in the order of `signature.outputs`; where `precision` is fp16 or bf16, its weights are in it.
-`example` holds arrays for one call: two rows or more, an odd length, one row padded. `about` is
-text to store in the file: labels and provenance. `calibration` are inputs of real texts or
-pictures, to choose by what to keep in full precision. Everything else (staging, digests, parity,
-latency, verdicts) follows from these.
+Everything else (staging, digests, parity, latency, verdicts) follows from these.
 """
 
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export import registry, storage
-from lora_export.errors import LoraExportError
-from lora_export.records import Artifact, TensorSpec
+from lora_export.errors import InputError, LoraExportError
+from lora_export.records import PLAIN, Array, Artifact, Form, Signature, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an exporter is asked to write.
+
+    Attributes:
+        model: Takes tensors in the order of `signature.inputs` and returns a tensor, or a tuple of
+            them, in the order of `signature.outputs`; its weights are in `form.precision` where
+            that is fp16 or bf16, else in float32.
+        signature: The inputs and outputs.
+        example: Arrays for one call: two rows or more, an odd length, one row padded.
+        about: Text to store in the file: labels and provenance.
+        path: File to write.
+        form: Precision, and what else can be chosen.
+        calibration: Inputs of real texts or pictures, to choose by what to keep in full precision.
+    """
+
+    model: "nn.Module"
+    signature: Signature
+    example: Mapping[str, Array]
+    about: Mapping[str, str]
+    path: Path
+    form: Form = PLAIN
+    calibration: Sequence[Mapping[str, Array]] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,17 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> registry.Entry:
     """Return the module of the format `name`; raises `InputError` for an unknown one."""
     return registry.load(__name__, name)
+
+
+def refuse_unknown(name: str, form: Form) -> None:
+    """Raise `InputError` where the format `name` cannot have the form."""
+    exporter = load(name)
+    if form.precision not in exporter.PRECISIONS:
+        known = ", ".join(exporter.PRECISIONS)
+        raise InputError(f"{name} is written in {known}, not {form.precision}")
+    if ignored := form.asked.keys() - set(getattr(exporter, "OPTIONS", ())):
+        options = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(ignored))
+        raise InputError(f"{name} has no {options}")
 
 
 def lacking(name: str) -> str:

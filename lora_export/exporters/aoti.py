@@ -11,21 +11,18 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.export.pt2_archive import PT2ArchiveWriter
 
-from lora_export import registry
 from lora_export.errors import ExportFailed, first_line
-from lora_export.exporters import Contents
+from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
-from lora_export.records import Array, Signature
 from lora_export.runners._torch import NOTE, precision_of
 from lora_export.runners.aoti import AotiRunner, note_of
 
@@ -45,39 +42,32 @@ def require() -> None:
         )
 
 
-def export(
-    model: nn.Module,
-    signature: Signature,
-    example: Mapping[str, Array],
-    about: Mapping[str, str],
-    path: Path,
-    precision: str = registry.FULL,
-    calibration: Sequence[Mapping[str, Array]] = (),
-) -> None:
-    """Compile `model` into `path`, every string axis of the signature free, 0 and 1 included.
+def export(request: Request) -> None:
+    """Compile the model, every string axis of the signature free, 0 and 1 included.
 
     Raises:
         ExportFailed: there is no C++ compiler, the model is an encoder-decoder with its cache, or
             torch cannot export or compile it.
     """
     require()
+    signature = request.signature
     if signature.has_cache and signature.has_target:
         # It divides by the number of tokens, and ends the process.
         raise ExportFailed(
             "aoti: compiled code cannot take the source of no tokens that each step of an "
             "encoder-decoder passes; export it to pt2 or onnx, or without: --no-cache"
         )
-    program = captured("aoti", model, signature, example)
+    program = captured("aoti", request.model, signature, request.example)
     isa = _isa()
     note = as_text(
         *declared(program, signature.inputs, signature.outputs),
-        about,
+        request.about,
         names=[*program.state_dict, *program.constants],
-        precision=precision_of(model),
+        precision=precision_of(request.model),
         target={"platform": sys.platform, "machine": platform.machine(), "isa": isa},
         torch=torch.__version__,
     )
-    tensors = tuple(torch.from_numpy(example[spec.name]) for spec in signature.inputs)
+    tensors = tuple(torch.from_numpy(request.example[spec.name]) for spec in signature.inputs)
     # Not beside `path`: the length of this folder's name leaves a trace in the library.
     with tempfile.TemporaryDirectory(prefix="lora_export-") as folder:
         try:
@@ -86,7 +76,7 @@ def export(
                 written: Any = torch._inductor.aot_compile(
                     program.module(check_guards=False), tensors, options=_options(folder, isa)
                 )
-            _package(map(Path, written), note, Path(folder), path)
+            _package(map(Path, written), note, Path(folder), request.path)
         except Exception as error:  # a compiler over a compiler: it raises as it comes
             raise ExportFailed(f"aoti: {first_line(error)}") from error
 

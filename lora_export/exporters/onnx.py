@@ -4,24 +4,23 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from torch import nn
 
-from lora_export import registry
 from lora_export.errors import ExportFailed, first_line
-from lora_export.exporters import Contents, _onnx_int8, _onnx_speed, _onnx_translate
+from lora_export.exporters import Contents, Request, _onnx_int8, _onnx_speed, _onnx_translate
 from lora_export.exporters._program import traced
-from lora_export.records import Array, Signature, TensorSpec
+from lora_export.records import Signature, TensorSpec
 from lora_export.runners.onnx import OnnxRunner
 
 SUFFIX = ".onnx"
 PRECISIONS = ("fp32", "fp16", "int8")
+OPTIONS = ("external_data", "optimize")
 # Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
 OPSET = 20
 # A protobuf ends at 2 GiB; above this the weights go to a second file, NAME.onnx.data.
@@ -31,34 +30,29 @@ KEPT = "lora_export.kept_in_fp32"  # metadata of an int8 file: layers that would
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
 
-def export(
-    model: nn.Module,
-    signature: Signature,
-    example: Mapping[str, Array],
-    about: Mapping[str, str],
-    path: Path,
-    precision: str = registry.FULL,
-    calibration: Sequence[Mapping[str, Array]] = (),
-) -> None:
-    """Write `model` to `path`, every string axis of the signature dynamic.
+def export(request: Request) -> None:
+    """Write the model, every string axis of the signature dynamic.
 
     Raises:
         ExportFailed: torch cannot export the model.
     """
-    program = traced("ONNX", model, signature, example)
+    signature, form, path = request.signature, request.form, request.path
+    program = traced("ONNX", request.model, signature, request.example)
     ins, outs = ([spec.name for spec in side] for side in (signature.inputs, signature.outputs))
     try:
         with _quiet():
             graph = _onnx_translate.translate(program, ins, outs, OPSET)
-            _clean(graph, about)
+            _clean(graph, request.about)
             _declare_axes(graph, signature)
             _allow_nothing(graph)
-            _onnx_speed.optimise(graph)
-            if precision == "int8":
-                kept = _onnx_int8.choose(graph, calibration)
+            if form.optimize:
+                _onnx_speed.optimise(graph)
+            if form.precision == "int8":
+                kept = _onnx_int8.choose(graph, request.calibration)
                 graph.metadata_props[KEPT] = json.dumps(kept)
                 _onnx_int8.quantise(graph, kept)
-            if sum(v.const_value.nbytes for v in graph.graph.initializers.values()) > LARGE:
+            size = sum(v.const_value.nbytes for v in graph.graph.initializers.values())
+            if form.external_data or size > LARGE:
                 ir.save(graph, path, external_data=f"{path.name}.data")
             else:
                 _onnx_translate.save(graph, path)

@@ -4,23 +4,23 @@ The way over ONNX keeps names and axes, asks nothing of the model that the ONNX 
 ask, and OpenVINO's own converter of torch models, which reports its use to Intel, is not called.
 """
 
+import dataclasses
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lora_export import exporters, registry
 from lora_export.errors import ExportFailed, InputError, first_line
-from lora_export.exporters import Contents
+from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, from_text
-from lora_export.records import Array, Signature, TensorSpec
+from lora_export.records import TensorSpec
 from lora_export.runners.openvino import OpenvinoRunner, package
 
 SUFFIX = ".xml"
 PRECISIONS = ("fp32", "bf16")
+OPTIONS = ("optimize",)
 _NOTE = "lora_export"
 
 
@@ -29,16 +29,8 @@ def require() -> None:
     package()
 
 
-def export(
-    model: nn.Module,
-    signature: Signature,
-    example: Mapping[str, Array],
-    about: Mapping[str, str],
-    path: Path,
-    precision: str = registry.FULL,
-    calibration: Sequence[Mapping[str, Array]] = (),
-) -> None:
-    """Write `model` to `path` and the weights to NAME.bin beside it.
+def export(request: Request) -> None:
+    """Write the model, and the weights to NAME.bin beside it.
 
     In bf16 the weights are written in it, and the runner computes in it.
 
@@ -46,16 +38,16 @@ def export(
         InputError: OpenVINO is not installed, or `path` does not end in .xml.
         ExportFailed: torch cannot export the model, or OpenVINO cannot read it.
     """
-    openvino = package()
+    openvino, path = package(), request.path
     if path.suffix != SUFFIX:
         raise InputError(f"OpenVINO's files are NAME.xml and NAME.bin; {path.name} is neither")
     with tempfile.TemporaryDirectory(prefix=".openvino-", dir=path.parent) as folder:
         graph = Path(folder) / "model.onnx"
-        exporters.load("onnx").export(model, signature, example, {}, graph)
+        exporters.load("onnx").export(dataclasses.replace(request, path=graph, about={}))
         try:
             read = openvino.Core().read_model(str(graph))
             _name_by_place(read)
-            note = as_text(signature.inputs, signature.outputs, about)
+            note = as_text(request.signature.inputs, request.signature.outputs, request.about)
             read.set_rt_info(note, [_NOTE])
             openvino.save_model(read, str(path), compress_to_fp16=False)
         except RuntimeError as error:

@@ -1,16 +1,12 @@
 """A torch.export program (`.pt2`): one file that torch runs without transformers or model code."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from lora_export import registry
 from lora_export.errors import ExportFailed, first_line
-from lora_export.exporters import Contents
+from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
-from lora_export.records import Array, Signature
 from lora_export.runners._torch import NOTE
 from lora_export.runners.pt2 import Pt2Runner, loaded
 
@@ -18,24 +14,18 @@ SUFFIX = ".pt2"
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
-def export(
-    model: nn.Module,
-    signature: Signature,
-    example: Mapping[str, Array],
-    about: Mapping[str, str],
-    path: Path,
-    precision: str = registry.FULL,
-    calibration: Sequence[Mapping[str, Array]] = (),
-) -> None:
-    """Write `model` to `path`, every string axis of the signature free, 0 and 1 included.
+def export(request: Request) -> None:
+    """Write the model, every string axis of the signature free, 0 and 1 included.
 
     Raises:
         ExportFailed: torch cannot export the model, or fixed an axis.
     """
-    program = captured("pt2", model, signature, example)
-    note = as_text(*declared(program, signature.inputs, signature.outputs), about)
+    signature = request.signature
+    program = captured("pt2", request.model, signature, request.example)
+    note = as_text(*declared(program, signature.inputs, signature.outputs), request.about)
     try:
-        with path.open("w+b") as stream:  # given a path, torch writes its name into the archive
+        # Given a path, torch would write its name into the archive.
+        with request.path.open("w+b") as stream:
             torch.export.save(program, stream, extra_files={NOTE: note})
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise ExportFailed(f"pt2: {first_line(error)}") from error

@@ -5,16 +5,13 @@ TorchScript is deprecated in torch (since 2.11) and still supported; its success
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from lora_export import registry
 from lora_export.errors import ExportFailed, first_line
-from lora_export.exporters import Contents
-from lora_export.records import Array, Signature, TensorSpec
+from lora_export.exporters import Contents, Request
+from lora_export.records import TensorSpec
 from lora_export.runners.torchscript import SIGNATURE_FILE, TorchScriptRunner
 
 SUFFIX = ".pt"
@@ -22,16 +19,8 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 ABOUT_FILE = "lora_export.json"  # inside the archive: labels and provenance
 
 
-def export(
-    model: nn.Module,
-    signature: Signature,
-    example: Mapping[str, Array],
-    about: Mapping[str, str],
-    path: Path,
-    precision: str = registry.FULL,
-    calibration: Sequence[Mapping[str, Array]] = (),
-) -> None:
-    """Trace `model` on `example` and write it to `path`.
+def export(request: Request) -> None:
+    """Trace the model on the example and write it.
 
     A trace keeps whatever the example did not vary; that batch, length and padding really are free
     is for the parity check to prove, on other shapes than this one.
@@ -39,14 +28,15 @@ def export(
     Raises:
         ExportFailed: torch cannot trace the model.
     """
+    signature, path = request.signature, request.path
     names = {
         "inputs": [spec.name for spec in signature.inputs],
         "outputs": [spec.name for spec in signature.outputs],
     }
-    tensors = tuple(torch.from_numpy(example[name]) for name in names["inputs"])
+    tensors = tuple(torch.from_numpy(request.example[name]) for name in names["inputs"])
     extra = {
         SIGNATURE_FILE: json.dumps(names),
-        ABOUT_FILE: json.dumps(dict(about), sort_keys=True),
+        ABOUT_FILE: json.dumps(dict(request.about), sort_keys=True),
     }
     traced_path = path.with_name(f"traced-{path.name}")
     try:
@@ -54,7 +44,7 @@ def export(
             # Tracing touches every attribute of a model, deprecated ones too, and warns of each
             # shape that it reads; what matters of that shows in the parity check.
             warnings.simplefilter("ignore")
-            traced = torch.jit.trace(model, tensors, check_trace=False)
+            traced = torch.jit.trace(request.model, tensors, check_trace=False)
             torch.jit.save(traced, str(traced_path), _extra_files=extra)
         _without_source_paths(traced_path, path)
     except (RuntimeError, TypeError, ValueError) as error:
