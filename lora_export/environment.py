@@ -13,7 +13,16 @@ PACKAGES = (
     "numpy", "blake3",
 )  # fmt: skip
 # Instruction sets that change what a kernel computes, or how fast.
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16",
+          "amx_int8", "asimd", "sve")  # fmt: skip
+# Processors that an artifact can be written for, and what is taken for granted of them.
+_SERVERS = ("avx2", "avx512f", "avx512_vnni")
+TARGETS = {
+    "native": None,  # this machine
+    "generic": ("avx2",),
+    "cpu-avx512": _SERVERS,
+    "cpu-amx": (*_SERVERS, "avx512_bf16", "amx_bf16", "amx_int8"),
+}
 
 
 def cores() -> int:
@@ -21,15 +30,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def instruction_sets(target: str = "native") -> tuple[str, ...]:
+    """Return which of the instruction sets that matter a target of `TARGETS` has."""
+    known = TARGETS[target]
+    if known is not None:
+        return known
+    _, flags = _processor()
+    return tuple(flag for flag in _FLAGS if flag in flags)
+
+
 def describe(threads: int) -> dict[str, Any]:
     """Return versions, processor, instruction sets, threads used and the present load."""
-    model, flags = _processor()
+    model, _ = _processor()
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
         "processor": model,
-        "instruction_sets": [flag for flag in _FLAGS if flag in flags],
+        "instruction_sets": list(instruction_sets()),
         "cores": os.cpu_count(),
         "threads": threads,
         "openmp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),

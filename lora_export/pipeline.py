@@ -144,6 +144,7 @@ def export_file(
     overwrite: bool = False,
     seed: int = 0,
     cache: bool = True,
+    calibration: str | Path | None = None,
     command: str = "lora_export.export_file",
     say: Say = silent,
     **form: Any,
@@ -158,6 +159,7 @@ def export_file(
         overwrite: Replace an existing `out`.
         seed: Of the generated inputs and of the order of timing.
         cache: Whether the artifact of a model that generates takes and gives its cache.
+        calibration: Sentences to find ranges and sensitive layers on; None takes the shipped set.
         command: What to record as the command that was run.
         say: Called with the name of each stage as it begins.
         form: Fields of `records.Form`.
@@ -168,15 +170,18 @@ def export_file(
     source, wanted = Path(model), Form(**form)
     exporters.refuse_unknown(name, wanted)
     target = Path(out) if out is not None else Path(f"model{exporters.load(name).SUFFIX}")
-    given = [Path(data)] if data is not None else []
+    said = [Path(path) if path is not None else None for path in (data, calibration)]
+    given = [path for path in said if path is not None]
     publishing.check_output(target, overwrite=overwrite, directory=False, inputs=[source, *given])
-    texts, labels = inputs.read_texts(given[0] if given else None)
+    (texts, labels), (examples, _) = map(inputs.read_texts, said)
+    if calibration is not None and wanted.precision not in registry.CALIBRATED:
+        raise InputError(f"--calibration is of no use for {wanted.precision}")
     say("loading the model")
     subject = stages.load_subject(source, cache=cache)
     with timing.all_threads() as threads, publishing.staged(target, overwrite=overwrite) as path:
         say(f"exporting {name}")
         begun = time.perf_counter()
-        artifact = stages.export_stage(name, subject, path.parent, path.name, wanted)
+        artifact = stages.export_stage(name, subject, path.parent, path.name, wanted, examples)
         cost = (
             Measurement("export", name, time.perf_counter() - begun, "s", 1),
             Measurement("peak memory", f"{name}, model included", peak_memory() / 1e6, "MB", 1),

@@ -13,9 +13,10 @@ from lora_export.errors import InputError
 
 EXPORTERS = "lora_export.exporters"  # listed by the command line, which loads none of them
 DEFAULT_EXPORTERS = ("onnx", "torchscript")  # what a run makes where nothing else is asked for
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")  # of artifacts; each exporter says which it has
+# Of artifacts; each exporter says which it has.
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 FULL = PRECISIONS[0]
-CALIBRATED = ("int8",)  # those for which an exporter needs inputs to choose by
+CALIBRATED = ("int8", "int4")  # those for which an exporter needs inputs to choose by
 PRECISION = "lora_export.precision"  # in the metadata of an artifact, as JSON
 Entry = Any  # a module; what it must provide is said by the folder's own docstring
 

@@ -90,11 +90,13 @@ def export_stage(
     folder: Path,
     file: str | None = None,
     form: Form = PLAIN,
+    examples: Sequence[str] = (),
 ) -> Artifact:
     """Export the merged model to `folder` and return what is found in the written file.
 
     The tokenizer goes beside it: to FILE.tokenizer, or where no `file` is named to `tokenizer`,
-    which all artifacts of the folder share.
+    which all artifacts of the folder share. `examples` are texts to choose by what keeps its
+    precision; none are those that come with the package.
 
     Raises:
         InputError: the format has no such form.
@@ -107,7 +109,7 @@ def export_stage(
     with models.quiet():
         model = subject.interface.bind(models.in_precision(subject.model, form.precision))
         known = about(subject) | {registry.PRECISION: json.dumps(form.precision)}
-        runs = calibration(subject) if form.precision in registry.CALIBRATED else ()
+        runs = calibration(subject, examples) if form.precision in registry.CALIBRATED else ()
         exporter.export(
             exporters.Request(model, subject.signature, example, known, path, form, runs)
         )
@@ -119,9 +121,10 @@ def export_stage(
     )
 
 
-def calibration(subject: Subject) -> list[Mapping[str, Array]]:
+def calibration(subject: Subject, texts: Sequence[str] = ()) -> list[Mapping[str, Array]]:
     """Return the inputs by which an exporter chooses what to keep in full precision."""
-    return [batch.arrays for batch in real_batches(subject, *inputs.read_texts(None))]
+    chosen = texts or inputs.read_texts(None)[0]
+    return [batch.arrays for batch in real_batches(subject, chosen, ())]
 
 
 def _processor_to(target: Path, source: Path) -> tuple[FileDigest, ...]:

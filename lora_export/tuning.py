@@ -203,7 +203,7 @@ def _candidates(
         set(threads) or {1, environment.cores()},
         tuple(dict.fromkeys(precisions)),
         exporters.lacking,
-        environment.describe(1)["instruction_sets"],
+        environment.instruction_sets(),
     )
     if not wanted:
         why = [f"{left.what}: {left.reason}" for left in skipped]

@@ -1,16 +1,20 @@
 """What every exporter must do, asked of each file in the folder."""
 
+import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import transformers
 
 from lora_export import exporters, inputs, merged_files, stages, storage
 from lora_export.errors import ExportFailed, InputError
-from lora_export.records import Artifact
+from lora_export.exporters import _onnx_translate
+from lora_export.records import Artifact, Form
 
 # Compiling takes half a minute a model.
 FORMATS = [
@@ -148,12 +152,61 @@ def test_onnx_states_its_opset_and_dynamic_axes(subject, tmp_path):
 
 
 def test_a_large_onnx_model_gets_a_data_file_that_is_digested(subject, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporters.load("onnx"), "LARGE", 1000)
+    monkeypatch.setattr(_onnx_translate, "LARGE", 1000)
     artifact = stages.export_stage("onnx", subject, tmp_path)
     assert [file.name for file in artifact.files] == ["model.onnx", "model.onnx.data"]
     batch = inputs.grid_batches(subject.signature, seed=1)[3]
     found, expected = answers(subject, ("onnx", artifact, tmp_path / "model.onnx"), batch)
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def apart(subject, tmp_path_factory):
+    """A file with its weights beside it."""
+    folder = tmp_path_factory.mktemp("apart")
+    return stages.export_stage("onnx", subject, folder, form=Form(external_data=True)), folder
+
+
+def test_weights_stand_apart_where_that_is_asked_for(subject, apart):
+    artifact, folder = apart
+    assert [file.name for file in artifact.files] == ["model.onnx", "model.onnx.data"]
+    assert artifact.files[1].size_bytes > 80_000
+    said = json.loads(artifact.facts["metadata"]["lora_export.data"])
+    assert said == {"name": "model.onnx.data", "digest": artifact.files[1].digest}
+    batch = inputs.grid_batches(subject.signature, seed=1)[3]
+    found, expected = answers(subject, ("onnx", artifact, folder / "model.onnx"), batch)
+    np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("fault", ["another's", "gone"])
+def test_a_graph_without_its_own_weights_is_neither_read_nor_run(apart, tmp_path, fault):
+    """onnxruntime would take the weights of another model of the same shapes and answer."""
+    for file in ("model.onnx", "model.onnx.data"):
+        shutil.copy(apart[1] / file, tmp_path / file)
+    data = tmp_path / "model.onnx.data"
+    if fault == "gone":
+        data.unlink()
+    else:
+        data.write_bytes(bytes(reversed(data.read_bytes())))
+        onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    exporter = exporters.load("onnx")
+    for ask in (exporter.inspect, lambda path: exporter.open_runner(path, 1)):
+        with pytest.raises(ExportFailed, match=r"model\.onnx"):
+            ask(tmp_path / "model.onnx")
+
+
+def test_a_form_that_a_format_does_not_heed_is_refused(subject, tmp_path):
+    """An option that changes nothing would be taken for one that does."""
+    for name, form, word in (
+        ("torchscript", Form(external_data=True), "--external-data changes nothing for torchscr"),
+        ("torchscript", Form(optimize=False), "--no-optimize changes nothing for torchscript"),
+        ("onnx", Form(static=True), "--static changes nothing for onnx in fp32"),
+        ("onnx", Form(target="generic"), "--target changes nothing for onnx in fp32"),
+        ("onnx", Form("bf16"), "onnx is written in fp32, fp16, int8, int4, not bf16"),
+    ):
+        with pytest.raises(InputError, match=word):
+            stages.export_stage(name, subject, tmp_path, form=form)
+    assert not list(tmp_path.iterdir())
 
 
 def test_torchscript_runs_where_only_torch_is_imported(subject, tmp_path):

@@ -1,7 +1,6 @@
 """Rewrites of ONNX graphs: what they change, what they leave alone, and what int8 may cost."""
 
 import collections
-import json
 
 import families
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from onnx import TensorProto, helper
 
 from lora_export import calling, exporters, inputs, models
-from lora_export.exporters import _onnx_int8, _onnx_speed, _onnx_translate
+from lora_export.exporters import _onnx_speed, _onnx_translate
 from lora_export.records import Form
 from lora_export.runners.onnx import OnnxRunner
 
@@ -46,6 +45,10 @@ def both(tmp_path_factory):
 
 
 # ---------------------------------------------------------------- at equal precision
+
+
+def _arrays(path):
+    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 
 
 def test_products_with_a_bias_become_one_operation(both):
@@ -120,139 +123,6 @@ def test_a_guard_over_a_mask_that_comes_from_outside_stays():
 def test_rewriting_twice_changes_nothing_more(both):
     model = ir.load(str(both[2]))
     assert set(_onnx_speed.optimise(model).values()) == {0}
-
-
-# ---------------------------------------------------------------- int8
-
-
-@pytest.fixture(scope="module")
-def eight_bits(both, tmp_path_factory):
-    return exported(
-        "bert-tokens", tmp_path_factory.mktemp("int8") / "model.onnx", precision="int8"
-    )[1]
-
-
-def _arrays(path):
-    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
-
-
-def test_weights_and_embeddings_are_signed_bytes(both, eight_bits):
-    small, large = (sum(a.nbytes for a in _arrays(path).values()) for path in (eight_bits, both[2]))
-    assert small < 0.4 * large
-    bytes_of = [a for a in _arrays(eight_bits).values() if a.dtype == np.int8 and a.ndim == 2]
-    assert len(bytes_of) == 12 + 3
-    assert not any(a.dtype == np.uint8 and a.ndim for a in _arrays(eight_bits).values())
-    assert counts(eight_bits)["MatMulInteger"] == 12
-
-
-def test_layers_that_share_an_input_share_its_bytes(eight_bits):
-    """Query, key and value are products of one tensor, which is made bytes of once."""
-    assert counts(eight_bits)["DynamicQuantizeLinear"] == 2 * (12 // 2 - 2)
-
-
-def test_a_head_of_few_outputs_stays_in_float(eight_bits):
-    """What costs nothing and decides the answer."""
-    assert [a.shape for a in _arrays(eight_bits).values() if a.shape in [(HIDDEN, 5), (5, HIDDEN)]]
-
-
-def test_the_weights_are_rounded_to_the_nearest_byte_of_their_column(both, eight_bits):
-    floats = {a.tobytes(): a for a in _arrays(both[2]).values() if a.ndim == 2}
-    found = _arrays(eight_bits)
-    checked = 0
-    for name, array in found.items():
-        if not name.endswith("_int8") or f"{name.removesuffix('_int8')}_scale" not in found:
-            continue
-        scale = found[f"{name.removesuffix('_int8')}_scale"]
-        restored = array.astype(np.float64) * scale
-        near = [
-            f
-            for f in floats.values()
-            for g in (f, f.T)
-            if g.shape == array.shape and np.abs(g - restored).max() <= 0.501 * scale.max()
-        ]
-        assert near, name
-        assert np.abs(array).max() == 127
-        checked += 1
-    assert checked == 15
-
-
-def test_the_decoder_is_made_int8_without_its_tied_head(tmp_path):
-    """OPT's head is its embedding: made bytes for one, it would be stored twice or be wrong."""
-    signature, path = exported("opt", tmp_path / "model.onnx", precision="int8")
-    assert counts(path)["MatMulInteger"] >= 12
-    arrays = inputs.made(signature, 2, 6, "left", 0)
-    assert OnnxRunner(path, 1).run(arrays)["logits"].shape == (2, 6, 100)
-
-
-# ---------------------------------------------------------------- which layers stay
-
-
-def _runs(signature):
-    return [inputs.made(signature, 4, 9, "right", seed) for seed in range(3)]
-
-
-def test_layers_are_named_by_their_place_in_the_model(both):
-    found = _onnx_int8.linears(ir.load(str(both[2])))
-    assert "bert.encoder.layer.1.attention.self.value" in found
-    assert len(found) == 12
-
-
-def test_a_loss_that_is_small_enough_keeps_no_layer(both, monkeypatch):
-    monkeypatch.setattr(_onnx_int8, "TARGET", 1e9)
-    assert _onnx_int8.choose(ir.load(str(both[2])), _runs(both[0])) == ()
-
-
-def test_without_inputs_to_judge_by_no_layer_is_kept(both):
-    assert _onnx_int8.choose(ir.load(str(both[2])), []) == ()
-
-
-def test_a_loss_that_nothing_reaches_keeps_every_layer(both, monkeypatch):
-    monkeypatch.setattr(_onnx_int8, "TARGET", -1.0)
-    model = ir.load(str(both[2]))
-    assert set(_onnx_int8.choose(model, _runs(both[0]))) == set(_onnx_int8.linears(model))
-
-
-def test_the_most_sensitive_layers_are_kept_and_no_more(both, monkeypatch):
-    """What is found by trying each layer alone, against the choice."""
-    model, runs = ir.load(str(both[2])), _runs(both[0])
-    before = _onnx_int8._answers(model, runs)
-
-    def loss(kept):
-        trial = ir.from_proto(ir.to_proto(model))
-        _onnx_int8.quantise(trial, kept)
-        return _onnx_int8._loss(before, _onnx_int8._answers(trial, runs))
-
-    layers = _onnx_int8.linears(model)
-    alone = {layer: loss([x for x in layers if x != layer]) for layer in layers}
-    ranked = sorted(alone, key=alone.get, reverse=True)
-    monkeypatch.setattr(_onnx_int8, "TARGET", loss(ranked[:3]))
-    kept = _onnx_int8.choose(model, runs)
-    assert kept == tuple(ranked[: len(kept)])
-    assert 1 <= len(kept) <= 3
-    assert loss(kept) <= loss(ranked[:3])
-    assert loss(kept[:-1]) > loss(ranked[:3])
-
-
-def test_what_is_kept_stands_in_the_file_and_is_kept(both, tmp_path, monkeypatch):
-    monkeypatch.setattr(_onnx_int8, "TARGET", -1.0)
-    _, path = exported(
-        "bert-tokens", tmp_path / "m.onnx", precision="int8", calibration=_runs(both[0])
-    )
-    said = exporters.load("onnx").inspect(path).facts["metadata"]["lora_export.kept_in_fp32"]
-    assert len(json.loads(said)) == 12
-    assert counts(path)["MatMulInteger"] == 0
-
-
-def test_the_loss_is_the_divergence_of_probabilities():
-    p, q = np.array([[0.7, 0.3]]), np.array([[0.6, 0.4]])
-    found = _onnx_int8._loss([{"logits": np.log(p) + 5}], [{"logits": np.log(q) - 3}])
-    assert found == pytest.approx(float((p * np.log(p / q)).sum()))
-
-
-def test_the_loss_of_an_embedding_is_its_turn():
-    a, b = np.array([[3.0, 0.0]]), np.array([[1.0, 1.0]])
-    found = _onnx_int8._loss([{"sentence_embedding": a}], [{"sentence_embedding": b}])
-    assert found == pytest.approx(1 - np.sqrt(0.5))
 
 
 # ---------------------------------------------------------------- from torch to the file

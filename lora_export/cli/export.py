@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lora_export import registry
+from lora_export import environment, registry
 from lora_export.cli import _shared
 
 _EPILOG = "The written file is compared with the merged model in float64, on sentences and shapes."
@@ -43,6 +43,25 @@ _precision = click.option(
     show_default=True,
     help="Of the weights. Less than fp32 is judged by decisions and, with labels, by accuracy.",
 )
+_static = click.option(
+    "--static",
+    is_flag=True,
+    help="int8: activations by ranges found on --calibration, not anew in every call, so that no "
+    "answer depends on what else is in the batch (openvino: always so).",
+)
+_calibration = click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Sentences to find ranges and sensitive layers on, for int8 and int4; of the form of "
+    "--data. Default: a small set that comes with the package.",
+)
+_target = click.option(
+    "--target",
+    type=click.Choice(list(environment.TARGETS)),
+    default="native",
+    show_default=True,
+    help="Processors that the file is for; matters for int8 (onnx, openvino) and to aoti.",
+)
 
 
 def _with_options(function: Any) -> Any:
@@ -57,6 +76,9 @@ def _with_options(function: Any) -> Any:
         _shared.cache_option,
         _external_data,
         _optimize,
+        _target,
+        _calibration,
+        _static,
         _precision,
         _shared.data_option,
         out,

@@ -4,7 +4,8 @@ To add a format, add one file here with:
 
     SUFFIX = ".onnx"                        of the file it writes
     PRECISIONS = ("fp32", "int8")           that it can write
-    OPTIONS = ("external_data",)            optional: other fields of `Form` that it heeds
+    OPTIONS = {"static": ("int8",)}         optional: other fields of `Form` that it heeds, and in
+                                            which precisions they change something
     export(request: Request)                write `request.path` (and files beside it); raises
                                             `ExportFailed`
     inspect(path) -> Contents               what the written file says about itself
@@ -83,9 +84,11 @@ def refuse_unknown(name: str, form: Form) -> None:
     if form.precision not in exporter.PRECISIONS:
         known = ", ".join(exporter.PRECISIONS)
         raise InputError(f"{name} is written in {known}, not {form.precision}")
-    if ignored := form.asked.keys() - set(getattr(exporter, "OPTIONS", ())):
-        options = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(ignored))
-        raise InputError(f"{name} has no {options}")
+    heeded = getattr(exporter, "OPTIONS", {})
+    for option, value in form.asked.items():
+        if form.precision not in heeded.get(option, ()):
+            flag = ("no-" if value is False else "") + option.replace("_", "-")
+            raise InputError(f"--{flag} changes nothing for {name} in {form.precision}")
 
 
 def lacking(name: str) -> str:

@@ -51,10 +51,12 @@ def insert(
     op_type: str,
     inputs: Iterable[Value | None],
     attributes: Mapping[str, Any] | None = None,
+    *,
+    domain: str = "",
     **more: Any,
 ) -> Value:
     """Put a new node before another, whose place in the model it tells; return its output."""
-    node = ir.node(op_type, list(inputs), attributes={**(attributes or {}), **more})
+    node = ir.node(op_type, list(inputs), attributes={**(attributes or {}), **more}, domain=domain)
     for key, value in before.metadata_props.items():
         node.metadata_props[key] = value
     graph.insert_before(before, node)
@@ -65,7 +67,12 @@ def replace(
     graph: Graph, node: Node, op_type: str, inputs: Iterable[Value], **attributes: Any
 ) -> None:
     """Put a node in the place of `node`, whose output keeps its name, type and shape."""
-    new, old = insert(graph, node, op_type, inputs, **attributes), node.outputs[0]
+    take_place(graph, node, insert(graph, node, op_type, inputs, **attributes))
+
+
+def take_place(graph: Graph, node: Node, new: Value) -> None:
+    """Put `new` in the place of the output of `node`, and remove that."""
+    old = node.outputs[0]
     new.shape, new.type = old.shape, old.type
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     old.name, new.name = None, old.name

@@ -18,6 +18,8 @@ from torch.export import ExportedProgram
 
 from lora_export.exporters._onnx_graph import Model, Node, Value
 
+# A protobuf ends at 2 GiB; above this the weights go to a second file.
+LARGE = 1_500_000_000
 _ATEN = torch.ops.aten
 
 
@@ -52,13 +54,19 @@ def translate(
     return model
 
 
-def save(model: Model, path: Path) -> None:
-    """Write `model` with its weights to one file, weight by weight: nothing is held twice.
+def save(model: Model, path: Path, *, apart: bool = False) -> None:
+    """Write `model` with its weights, weight by weight: nothing is held twice.
+
+    It is one file, or where the weights are to stand `apart` or are too many for a protobuf, two:
+    they go to NAME.onnx.data.
 
     The fields are those of `ModelProto`; within the graph the weights come last, which any reader
     of protobuf accepts.
     """
     weights = list(model.graph.initializers.values())
+    if apart or sum(value.const_value.nbytes for value in weights) > LARGE:
+        ir.save(model, path, external_data=f"{path.name}.data")
+        return
     model.graph.initializers.clear()
     try:
         frame = ir.to_proto(model)

@@ -4,6 +4,7 @@ The fastest of the formats that torch runs, and the least portable: the package 
 the system and the version of torch that it needs.
 """
 
+import contextlib
 import json
 import platform
 import re
@@ -11,13 +12,13 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from torch._inductor import config
-from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor import config, cpu_vec_isa
 from torch.export.pt2_archive import PT2ArchiveWriter
 
 from lora_export.errors import ExportFailed, first_line
@@ -28,6 +29,10 @@ from lora_export.runners.aoti import AotiRunner, note_of
 
 SUFFIX = ".aoti.pt2"
 PRECISIONS = ("fp32", "fp16", "bf16")
+OPTIONS = {"target": PRECISIONS}
+# The instruction sets of the targets, as torch names them.
+_AVX512 = {"avx512", "avx512_vnni"}
+_INSTRUCTIONS = {"generic": {"avx2"}, "cpu-avx512": _AVX512, "cpu-amx": {*_AVX512, "amx_tile"}}
 _BUILD_ID = re.compile(rb"(\x04\0{3}\x14\0{3}\x03\0{3}GNU\0).{20}", re.DOTALL)  # an ELF note
 _INSIDE = "data/aotinductor/model/"  # where torch's loader looks
 
@@ -46,10 +51,15 @@ def export(request: Request) -> None:
     """Compile the model, every string axis of the signature free, 0 and 1 included.
 
     Raises:
-        ExportFailed: there is no C++ compiler, the model is an encoder-decoder with its cache, or
-            torch cannot export or compile it.
+        ExportFailed: there is no C++ compiler, torch cannot compile for the target here, the model
+            is an encoder-decoder with its cache, or torch cannot export or compile it.
     """
     require()
+    with _compiling_for(request.form.target):
+        _export(request)
+
+
+def _export(request: Request) -> None:
     signature = request.signature
     if signature.has_cache and signature.has_target:
         # It divides by the number of tokens, and ends the process.
@@ -102,11 +112,29 @@ def open_runner(path: Path, threads: int) -> AotiRunner:
     return AotiRunner(path)
 
 
+@contextlib.contextmanager
+def _compiling_for(target: str) -> Iterator[None]:
+    """Have torch choose among the instructions of `target`; raises `ExportFailed` without any."""
+    allowed = _INSTRUCTIONS.get(target)
+    if allowed is None:
+        yield
+        return
+    offered = cpu_vec_isa.valid_vec_isa_list()
+    found = [isa for isa in offered if set(str(isa).split()) <= allowed]
+    if not found:
+        raise ExportFailed(
+            f"aoti: torch cannot compile for {target} on this machine, which offers "
+            f"{'; '.join(map(str, offered)) or 'no vectors'}"
+        )
+    with mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", return_value=found):
+        yield
+
+
 def _isa() -> list[str]:
     """Return the instruction sets that torch compiles for here, as it names them."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return []  # what else the machine has to be is in `target`
-    picked = pick_vec_isa()
+    picked = cpu_vec_isa.pick_vec_isa()
     return str(picked).split() if picked else []
 
 

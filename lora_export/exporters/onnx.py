@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,31 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from lora_export import registry, storage
 from lora_export.errors import ExportFailed, first_line
-from lora_export.exporters import Contents, Request, _onnx_int8, _onnx_speed, _onnx_translate
+from lora_export.exporters import (
+    Contents,
+    Request,
+    _onnx_choose,
+    _onnx_speed,
+    _onnx_translate,
+)
+from lora_export.exporters._onnx_graph import Model
 from lora_export.exporters._program import traced
 from lora_export.records import Signature, TensorSpec
 from lora_export.runners.onnx import OnnxRunner
 
 SUFFIX = ".onnx"
-PRECISIONS = ("fp32", "fp16", "int8")
-OPTIONS = ("external_data", "optimize")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+OPTIONS = {
+    "external_data": PRECISIONS,
+    "optimize": PRECISIONS,
+    "static": ("int8",),
+    "target": ("int8",),
+}
 # Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
 OPSET = 20
-# A protobuf ends at 2 GiB; above this the weights go to a second file, NAME.onnx.data.
-LARGE = 1_500_000_000
-KEPT = "lora_export.kept_in_fp32"  # metadata of an int8 file: layers that would have cost too much
+DATA = "lora_export.data"  # metadata: name and digest of the file of weights
 # Node metadata of the exporter that carries the exporting machine's paths.
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
@@ -36,7 +47,21 @@ def export(request: Request) -> None:
     Raises:
         ExportFailed: torch cannot export the model.
     """
-    signature, form, path = request.signature, request.form, request.path
+    graph, form, path = graph_of(request), request.form, request.path
+    if form.precision in registry.CALIBRATED:
+        graph.metadata_props.update(_onnx_choose.narrow(graph, form, request.calibration))
+    _onnx_translate.save(graph, path, apart=form.external_data)
+    if (data := path.with_name(f"{path.name}.data")).is_file():
+        _tie(path, data)
+
+
+def graph_of(request: Request) -> Model:
+    """Return the model as an ONNX graph in float32 or float16, every string axis dynamic.
+
+    Raises:
+        ExportFailed: torch cannot export the model.
+    """
+    signature = request.signature
     program = traced("ONNX", request.model, signature, request.example)
     ins, outs = ([spec.name for spec in side] for side in (signature.inputs, signature.outputs))
     try:
@@ -45,33 +70,27 @@ def export(request: Request) -> None:
             _clean(graph, request.about)
             _declare_axes(graph, signature)
             _allow_nothing(graph)
-            if form.optimize:
+            if request.form.optimize:
                 _onnx_speed.optimise(graph)
-            if form.precision == "int8":
-                kept = _onnx_int8.choose(graph, request.calibration)
-                graph.metadata_props[KEPT] = json.dumps(kept)
-                _onnx_int8.quantise(graph, kept)
-            size = sum(v.const_value.nbytes for v in graph.graph.initializers.values())
-            if form.external_data or size > LARGE:
-                ir.save(graph, path, external_data=f"{path.name}.data")
-            else:
-                _onnx_translate.save(graph, path)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportFailed(f"ONNX: {first_line(error.__cause__ or error)}") from error
+    return graph
 
 
 def inspect(path: Path) -> Contents:
     """Return the interface, the names and the versions that the file at `path` declares.
 
     Raises:
-        ExportFailed: onnx's checker refuses the file.
+        ExportFailed: onnx's checker refuses the file, or its weights lie in another that is not
+            the one that was written with it.
     """
     try:
         onnx.checker.check_model(str(path))
         model = onnx.load(str(path), load_external_data=False)
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
         raise ExportFailed(f"{path.name} is no valid ONNX file: {first_line(error)}") from error
-    graph = model.graph
+    graph, said = model.graph, {entry.key: entry.value for entry in model.metadata_props}
+    _refuse_other_data(path, _data_names(model), said)
     return Contents(
         inputs=tuple(_spec(value) for value in graph.input),
         outputs=tuple(_spec(value) for value in graph.output),
@@ -84,14 +103,48 @@ def inspect(path: Path) -> Contents:
             "opset": next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")),
             "ir_version": model.ir_version,
             "nodes": len(graph.node),
-            "metadata": {entry.key: entry.value for entry in model.metadata_props},
+            "metadata": said,
         },
     )
 
 
 def open_runner(path: Path, threads: int) -> OnnxRunner:
-    """Return a runner for the file at `path`."""
-    return OnnxRunner(path, threads)
+    """Return a runner for the file at `path`.
+
+    Raises:
+        ExportFailed: its weights lie in another file that is not the one that was written with it.
+    """
+    runner = OnnxRunner(path, threads)
+    _refuse_other_data(path, (), runner.metadata)
+    return runner
+
+
+def _data_names(model: onnx.ModelProto) -> set[str]:
+    return {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _tie(path: Path, data: Path) -> None:
+    """Have the graph at `path` say which file of weights is its own: runtimes take any."""
+    model = onnx.load(str(path), load_external_data=False)
+    own = {"name": data.name, "digest": storage.digest(data).digest}
+    model.metadata_props.add(key=DATA, value=json.dumps(own))
+    path.write_bytes(model.SerializeToString())
+
+
+def _refuse_other_data(path: Path, names: Iterable[str], said: Mapping[str, str]) -> None:
+    """Raise unless the files `names` are those that the metadata `said` has."""
+    own = json.loads(said.get(DATA, "{}"))
+    for name in {*names} | ({own["name"]} if own else set()):
+        file = path.with_name(name)
+        if own.get("name") != name or not file.is_file():
+            raise ExportFailed(f"{path.name} needs {name}, which is not the data of an export")
+        if storage.digest(file).digest != own["digest"]:
+            raise ExportFailed(f"{name} is not the data that {path.name} was written with")
 
 
 def _clean(model: Any, about: Mapping[str, str]) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 
 from lora_export import exporters, registry
 from lora_export.errors import ExportFailed, InputError, first_line
-from lora_export.exporters import Contents, Request
+from lora_export.exporters import Contents, Request, _onnx_choose, _onnx_translate
 from lora_export.exporters._program import as_text, from_text
 from lora_export.records import TensorSpec
 from lora_export.runners.openvino import OpenvinoRunner, package
 
 SUFFIX = ".xml"
-PRECISIONS = ("fp32", "bf16")
-OPTIONS = ("optimize",)
+PRECISIONS = ("fp32", "bf16", "int8")
+OPTIONS = {"optimize": PRECISIONS, "static": ("int8",), "target": ("int8",)}
 _NOTE = "lora_export"
 
 
@@ -32,7 +32,8 @@ def require() -> None:
 def export(request: Request) -> None:
     """Write the model, and the weights to NAME.bin beside it.
 
-    In bf16 the weights are written in it, and the runner computes in it.
+    In bf16 the weights are written in it, and the runner computes in it. Eight bits are always
+    static; what stays in floating point is computed in bf16 where the processor has it.
 
     Raises:
         InputError: OpenVINO is not installed, or `path` does not end in .xml.
@@ -43,11 +44,16 @@ def export(request: Request) -> None:
         raise InputError(f"OpenVINO's files are NAME.xml and NAME.bin; {path.name} is neither")
     with tempfile.TemporaryDirectory(prefix=".openvino-", dir=path.parent) as folder:
         graph = Path(folder) / "model.onnx"
-        exporters.load("onnx").export(dataclasses.replace(request, path=graph, about={}))
+        onnx = exporters.load("onnx")
+        model, about = onnx.graph_of(dataclasses.replace(request, about={})), dict(request.about)
+        if request.form.precision in registry.CALIBRATED:
+            form = dataclasses.replace(request.form, static=True)
+            about |= _onnx_choose.narrow(model, form, request.calibration, signed=True)
+        _onnx_translate.save(model, graph)
         try:
             read = openvino.Core().read_model(str(graph))
             _name_by_place(read)
-            note = as_text(request.signature.inputs, request.signature.outputs, request.about)
+            note = as_text(request.signature.inputs, request.signature.outputs, about)
             read.set_rt_info(note, [_NOTE])
             openvino.save_model(read, str(path), compress_to_fp16=False)
         except RuntimeError as error:
@@ -90,8 +96,8 @@ def inspect(path: Path) -> Contents:
 
 def open_runner(path: Path, threads: int) -> OpenvinoRunner:
     """Return a runner for the files at `path`, which computes in their precision."""
-    said = inspect(path).facts["metadata"].get(registry.PRECISION)
-    return OpenvinoRunner(path, threads, "bf16" if said == '"bf16"' else "f32")
+    said = inspect(path).facts["metadata"].get(registry.PRECISION, f'"{registry.FULL}"')
+    return OpenvinoRunner(path, threads, "f32" if said == f'"{registry.FULL}"' else "bf16")
 
 
 def _name_by_place(graph: Any) -> None:

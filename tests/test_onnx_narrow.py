@@ -1,0 +1,400 @@
+"""Narrow weights in ONNX graphs: how they are rounded, and which layers keep theirs."""
+
+import collections
+import json
+from functools import partial
+
+import families
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from lora_export import calling, environment, exporters, inputs, models
+from lora_export.errors import InputError
+from lora_export.exporters import _onnx_choose, _onnx_schemes, _onnx_translate
+from lora_export.exporters._onnx_choose import choose, ranges
+from lora_export.exporters._onnx_layers import linears, matrix
+from lora_export.exporters._onnx_schemes import Blocks, Dynamic, Static, quantise
+from lora_export.records import Form
+from lora_export.runners.onnx import OnnxRunner
+
+HIDDEN = 32
+
+
+def exported(family, path, calibration=(), **form):
+    model = families.build(family)
+    interface = calling.interface_of(model, families.tokens_of(model))
+    example, bound = inputs.example(interface.signature), interface.bind(model)
+    request = exporters.Request(
+        bound, interface.signature, example, {}, path, Form(**form), calibration
+    )
+    with models.quiet():
+        exporters.load("onnx").export(request)
+    return interface.signature, path
+
+
+def counts(path):
+    return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A BERT with a head per token, in float32."""
+    return exported("bert-tokens", tmp_path_factory.mktemp("full") / "full.onnx")
+
+
+@pytest.fixture
+def graph(full):
+    return ir.load(str(full[1]))
+
+
+@pytest.fixture(scope="module")
+def runs(full):
+    return [inputs.made(full[0], 4, 9, "right", seed) for seed in range(3)]
+
+
+def answers(model, runs, tmp_path):
+    _onnx_translate.save(model, tmp_path / "asked.onnx")
+    runner = OnnxRunner(tmp_path / "asked.onnx", 1)
+    return [runner.run(run) for run in runs]
+
+
+# ---------------------------------------------------------------- int8
+
+
+@pytest.fixture(scope="module")
+def eight_bits(tmp_path_factory):
+    return exported(
+        "bert-tokens", tmp_path_factory.mktemp("int8") / "model.onnx", precision="int8"
+    )[1]
+
+
+def _arrays(path):
+    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def test_weights_and_embeddings_are_signed_bytes(full, eight_bits):
+    small, large = (sum(a.nbytes for a in _arrays(path).values()) for path in (eight_bits, full[1]))
+    assert small < 0.4 * large
+    bytes_of = [a for a in _arrays(eight_bits).values() if a.dtype == np.int8 and a.ndim == 2]
+    assert len(bytes_of) == 12 + 3
+    assert not any(a.dtype == np.uint8 and a.ndim for a in _arrays(eight_bits).values())
+    assert counts(eight_bits)["MatMulInteger"] == 12
+
+
+def test_layers_that_share_an_input_share_its_bytes(eight_bits):
+    """Query, key and value are products of one tensor, which is made bytes of once."""
+    assert counts(eight_bits)["DynamicQuantizeLinear"] == 2 * (12 // 2 - 2)
+
+
+def test_a_head_of_few_outputs_stays_in_float(eight_bits):
+    """What costs nothing and decides the answer."""
+    assert [a.shape for a in _arrays(eight_bits).values() if a.shape in [(HIDDEN, 5), (5, HIDDEN)]]
+
+
+def test_the_weights_are_rounded_to_the_nearest_byte_of_their_column(full, eight_bits):
+    floats = {a.tobytes(): a for a in _arrays(full[1]).values() if a.ndim == 2}
+    found = _arrays(eight_bits)
+    checked = 0
+    for name, array in found.items():
+        if not name.endswith("_int8") or f"{name.removesuffix('_int8')}_scale" not in found:
+            continue
+        scale = found[f"{name.removesuffix('_int8')}_scale"]
+        restored = array.astype(np.float64) * scale
+        near = [
+            f
+            for f in floats.values()
+            for g in (f, f.T)
+            if g.shape == array.shape and np.abs(g - restored).max() <= 0.501 * scale.max()
+        ]
+        assert near, name
+        assert np.abs(array).max() == 127
+        checked += 1
+    assert checked == 15
+
+
+def test_the_decoder_is_made_int8_without_its_tied_head(tmp_path):
+    """OPT's head is its embedding: made bytes for one, it would be stored twice or be wrong."""
+    signature, path = exported("opt", tmp_path / "model.onnx", precision="int8")
+    assert counts(path)["MatMulInteger"] >= 12
+    arrays = inputs.made(signature, 2, 6, "left", 0)
+    assert OnnxRunner(path, 1).run(arrays)["logits"].shape == (2, 6, 100)
+
+
+# ---------------------------------------------------------------- static ranges
+
+
+def one_layer(x, weight, bias):
+    """A graph of one linear layer, and what it is named."""
+    values = [ir.val(n, const_value=ir.tensor(a, name=n)) for n, a in (("w", weight), ("b", bias))]
+    shape = ir.Shape(("rows", weight.shape[0]))
+    given = ir.val("x", type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+    node = ir.node("Gemm", [given, *values])
+    node.outputs[0].name, node.outputs[0].dtype = "logits", ir.DataType.FLOAT
+    node.metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'layer', 'linear']"
+    graph = ir.Graph([given], node.outputs, nodes=[node], initializers=values, name="one")
+    graph.opset_imports[""] = 20
+    assert list(linears(ir.Model(graph, ir_version=10))) == ["layer"]
+    return ir.Model(graph, ir_version=10)
+
+
+@pytest.fixture
+def layer():
+    dice = np.random.default_rng(0)
+    x, w = dice.normal(size=(5, 40)), dice.normal(size=(40, 24))
+    return tuple(a.astype(np.float32) for a in (x, w, dice.normal(size=24)))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_static_layer_computes_what_its_integers_say(layer, tmp_path, signed):
+    """Against the formula in float64; a value beyond the range is taken as its end."""
+    x, w, b = layer
+    reach = 2.0
+    model = one_layer(x, w, b)
+    quantise(model, Static({"x": reach}, signed=signed))
+    (found,) = answers(model, [{"x": x}], tmp_path)
+    step, scales = np.float32(reach / 127), np.abs(w).max(0) / np.float32(127)
+    integers = np.clip(np.rint(x / step), -127 - 1, 127).astype(np.float64)
+    bias = b if signed else np.rint(b / (step * scales)) * (step * scales)
+    wanted = integers @ np.rint(w / scales) * (np.float64(step) * scales) + bias
+    assert (np.abs(x) > reach).any()
+    np.testing.assert_allclose(found["logits"], wanted, atol=2e-5)
+    assert np.abs(found["logits"] - (x @ w + b)).max() > 0.05  # it is not the layer in float32
+
+
+def test_only_a_static_answer_is_the_same_whatever_else_is_in_the_batch(layer, tmp_path):
+    x, w, b = layer
+    x[-1] *= 30  # what a range that is found in the call follows
+    differ = {}
+    for name, scheme in (("static", partial(Static, {"x": 3.0})), ("dynamic", Dynamic)):
+        model = one_layer(x, w, b)
+        quantise(model, scheme())
+        whole, alone = answers(model, [{"x": x}, {"x": x[:1]}], tmp_path)
+        differ[name] = np.abs(whole["logits"][0] - alone["logits"][0]).max()
+    assert differ["static"] == 0
+    assert differ["dynamic"] > 0.1
+
+
+def test_a_range_is_what_a_share_of_the_values_reach(layer, monkeypatch):
+    x, w, b = layer
+    runs = [{"x": x}, {"x": np.zeros_like(x)}, {"x": -100 * x[:1]}]
+    monkeypatch.setattr(_onnx_choose, "SHARES", (1.0, 0.97))
+    monkeypatch.setattr(_onnx_choose, "_LARGEST", 0.5)
+    found = ranges(one_layer(x, w, b), runs)
+    everything = np.sort(np.concatenate([np.abs(run["x"]).ravel() for run in runs]))
+    assert found[0] == {"x": pytest.approx(everything[-1])}
+    above = [(everything > one["x"]).sum() for one in found]
+    assert above == [0, int(0.03 * everything.size)]
+
+
+def test_the_largest_values_suffice_to_find_every_share():
+    """Of each run so many are kept that none above the least share is lost, up to 100 runs."""
+    assert 100 * (1 - min(_onnx_choose.SHARES)) <= _onnx_choose._LARGEST
+
+
+def test_static_ranges_need_inputs(graph):
+    with pytest.raises(InputError, match="needs inputs to find ranges on"):
+        _onnx_choose.narrow(graph, Form("int8", static=True), [])
+
+
+def test_the_static_file_is_run_on_integers(full, runs, tmp_path, monkeypatch):
+    """onnxruntime takes QuantizeLinear, Gemm and DequantizeLinear together, or nothing is won."""
+    monkeypatch.setattr(_onnx_choose, "TARGET", 1e9)
+    _, path = exported("bert-tokens", tmp_path / "m.onnx", runs, precision="int8", static=True)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "seen.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options)
+    assert counts(tmp_path / "seen.onnx")["QGemm"] == 12
+
+
+# ---------------------------------------------------------------- processors without VNNI
+
+
+def test_pairs_of_products_of_safe_weights_fit_into_sixteen_bits():
+    assert 2 * 255 * _onnx_schemes.SAFE_BYTE < 2**15
+    assert 2 * 255 * (_onnx_schemes.SAFE_BYTE + 1) >= 2**15
+    assert 2 * 255 * _onnx_schemes.BYTE >= 2**15  # so there is something to be safe from
+
+
+@pytest.mark.parametrize(
+    ("target", "flags", "wanted"),
+    [
+        ("generic", {"avx2", "avx512_vnni"}, 64),
+        ("cpu-avx512", {"avx2"}, 127),
+        ("cpu-amx", {"avx2"}, 127),
+        ("native", {"avx2", "avx512f"}, 64),
+        ("native", {"avx2", "avx_vnni"}, 127),
+        ("native", {"avx2", "avx512_vnni"}, 127),
+        ("native", {"asimd"}, 127),
+    ],
+)
+def test_weights_are_as_large_as_the_target_can_add_up(monkeypatch, target, flags, wanted):
+    monkeypatch.setattr(environment, "_processor", lambda: ("a processor", flags))
+    assert _onnx_schemes.largest(target) == wanted
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_file_for_any_processor_has_safe_weights(full, runs, tmp_path, static):
+    form = {"precision": "int8", "static": static}
+    largest = {}
+    for target in ("generic", "cpu-avx512"):
+        _, path = exported("bert-tokens", tmp_path / target, runs, target=target, **form)
+        found = [a for n, a in _arrays(path).items() if n.endswith("weight_int8") and a.ndim == 2]
+        tables = [a for a in found if a.shape[0] in (100, 64, 2)]  # of embeddings: only looked up
+        largest[target] = max(np.abs(a.astype(int)).max() for a in found if not any(
+            a is table for table in tables))  # fmt: skip
+    assert largest == {"generic": 64, "cpu-avx512": 127}
+
+
+# ---------------------------------------------------------------- four bits
+
+
+def restored(packed, scales, bits, features):
+    """Return the matrix that MatMulNBits multiplies by, after its documentation, in float64."""
+    if bits == 4:
+        packed = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], -1)
+    values = (packed.astype(np.float64) - 2 ** (bits - 1)) * scales[..., None]
+    return values.reshape(len(values), -1)[:, :features].T
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("features", [32, 96, 40])
+def test_blocks_are_unpacked_to_the_nearest_weights(bits, features):
+    w = np.random.default_rng(1).normal(size=(features, 7)).astype(np.float32)
+    w[:32, 3] = 0  # a block of zeros has no scale of its own
+    packed, scales = _onnx_schemes.blockwise(w, bits)
+    assert packed.shape == (7, -(-features // 32), 32 * bits // 8)
+    found = restored(packed, scales, bits, features)
+    assert (found[:32, 3] == 0).all()
+    steps = np.repeat(np.abs(scales), 32, axis=1)[:, :features].T
+    inside = np.abs(w) < 0.7 * np.abs(steps) * 2 ** (bits - 1)
+    assert inside.any()
+    assert (np.abs(found - w) <= 0.501 * steps)[inside].all()
+
+
+def test_the_scale_of_a_block_loses_no_more_than_the_plain_one(monkeypatch):
+    w = np.random.default_rng(2).standard_t(4, size=(256, 64)).astype(np.float32)
+
+    def loss():
+        return np.square(restored(*_onnx_schemes.blockwise(w, 4), 4, 256) - w).mean()
+
+    searched = loss()
+    monkeypatch.setattr(_onnx_schemes, "_CLIPS", (1.0,))
+    assert searched < 0.97 * loss()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnxruntime_multiplies_by_the_weights_of_the_blocks(layer, tmp_path, bits):
+    x, w, b = layer
+    model = one_layer(x, w, b)
+    quantise(model, Blocks(bits))
+    (found,) = answers(model, [{"x": x}], tmp_path)
+    wanted = x @ restored(*_onnx_schemes.blockwise(w, bits), bits, 40) + b
+    # `accuracy_level` 4 rounds the inputs to eight bits by blocks.
+    assert np.abs(found["logits"] - wanted).max() < 0.02 * np.abs(wanted).max()
+    assert np.abs(wanted - (x @ w + b)).max() > (0.1 if bits == 4 else 0.005)
+
+
+def test_layers_that_four_bits_cost_too_much_get_eight(full, runs, tmp_path, monkeypatch):
+    _, path = exported("bert-tokens", tmp_path / "m.onnx", runs, precision="int4")
+    kept = json.loads(
+        exporters.load("onnx").inspect(path).facts["metadata"]["lora_export.kept_wider"]
+    )
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
+    bits = collections.Counter(
+        attribute.i for node in nodes for attribute in node.attribute if attribute.name == "bits"
+    )
+    assert bits == {4: 12 - len(kept), 8: len(kept)}
+    assert 0 < len(kept) < 12
+    monkeypatch.setattr(_onnx_choose, "TARGET", 1e9)
+    _, small = exported("bert-tokens", tmp_path / "small.onnx", runs, precision="int4")
+    assert small.stat().st_size < path.stat().st_size
+
+
+# ---------------------------------------------------------------- which layers stay
+
+
+def test_layers_are_named_by_their_place_in_the_model(graph):
+    assert "bert.encoder.layer.1.attention.self.value" in linears(graph)
+    assert len(linears(graph)) == 12
+
+
+def test_a_loss_that_is_small_enough_keeps_no_layer(graph, runs, monkeypatch):
+    monkeypatch.setattr(_onnx_choose, "TARGET", 1e9)
+    assert choose(graph, runs, [Dynamic]) == (Dynamic, ())
+
+
+def test_without_inputs_to_judge_by_no_layer_is_kept(graph):
+    assert choose(graph, [], [Dynamic, Blocks]) == (Dynamic, ())
+
+
+def test_a_loss_that_nothing_reaches_keeps_every_layer(graph, runs, monkeypatch):
+    monkeypatch.setattr(_onnx_choose, "TARGET", -1.0)
+    assert set(choose(graph, runs, [Dynamic])[1]) == linears(graph).keys()
+
+
+def loss_of(graph, runs, tmp_path, scheme, kept):
+    """Return the loss of a graph of its own."""
+    trial = graph.clone()
+    quantise(trial, scheme(), kept)
+    return _onnx_choose._loss(answers(graph, runs, tmp_path), answers(trial, runs, tmp_path))
+
+
+def test_the_most_sensitive_layers_are_kept_and_no_more(graph, runs, tmp_path, monkeypatch):
+    """What is found by a graph for each layer alone, against the choice within one."""
+    loss = partial(loss_of, graph, runs, tmp_path, Dynamic)
+    layers = list(linears(graph))
+    alone = {layer: loss([x for x in layers if x != layer]) for layer in layers}
+    ranked = sorted(alone, key=alone.get, reverse=True)
+    target = loss(ranked[:3]) * 1.001
+    monkeypatch.setattr(_onnx_choose, "TARGET", target)
+    _, kept = choose(graph, runs, [Dynamic])
+    assert kept == tuple(ranked[: len(kept)])
+    assert 1 <= len(kept) <= 3
+    assert loss(kept) <= target
+    assert loss(kept[:-1]) > target
+
+
+def test_the_scheme_that_loses_least_is_taken(graph, runs, tmp_path):
+    reach = ranges(graph, runs)[0]
+    narrow = {name: value / 50 for name, value in reach.items()}
+    schemes = [partial(Static, narrow), partial(Static, reach)]
+    assert choose(graph, runs, schemes)[0] is schemes[1]
+    first, second = (loss_of(graph, runs, tmp_path, scheme, ()) for scheme in schemes)
+    assert second < first / 2
+
+
+def test_neighbours_are_tried_together_where_each_alone_is_too_much_work(graph, runs, monkeypatch):
+    layers = linears(graph)
+    products = len(layers) * sum(matrix(n).size for ns in layers.values() for n in ns) * 3 * 4 * 9
+    monkeypatch.setattr(_onnx_choose, "MOST_PRODUCTS", products)
+    assert _onnx_choose._groups(layers, runs) == [[layer] for layer in layers]
+    monkeypatch.setattr(_onnx_choose, "MOST_PRODUCTS", products / 4.5)
+    groups = _onnx_choose._groups(layers, runs)
+    assert [len(group) for group in groups] == [5, 5, 2]
+    assert [layer for group in groups for layer in group] == list(layers)
+    monkeypatch.setattr(_onnx_choose, "TARGET", -1.0)
+    assert set(choose(graph, runs, [Dynamic])[1]) == set(layers)
+
+
+def test_what_is_kept_stands_in_the_file_and_is_kept(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(_onnx_choose, "TARGET", -1.0)
+    _, path = exported("bert-tokens", tmp_path / "m.onnx", runs, precision="int8")
+    said = exporters.load("onnx").inspect(path).facts["metadata"]["lora_export.kept_wider"]
+    assert len(json.loads(said)) == 12
+    assert counts(path)["MatMulInteger"] == 0
+
+
+def test_the_loss_is_the_divergence_of_probabilities():
+    p, q = np.array([[0.7, 0.3]]), np.array([[0.6, 0.4]])
+    found = _onnx_choose._loss([{"logits": np.log(p) + 5}], [{"logits": np.log(q) - 3}])
+    assert found == pytest.approx(float((p * np.log(p / q)).sum()))
+
+
+def test_the_loss_of_an_embedding_is_its_turn():
+    a, b = np.array([[3.0, 0.0]]), np.array([[1.0, 1.0]])
+    found = _onnx_choose._loss([{"sentence_embedding": a}], [{"sentence_embedding": b}])
+    assert found == pytest.approx(1 - np.sqrt(0.5))
