@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from lora_export import weightless
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request, _onnx_int8, _onnx_speed, _onnx_translate
 from lora_export.exporters._program import traced
@@ -37,11 +38,13 @@ def export(request: Request) -> None:
         ExportFailed: torch cannot export the model.
     """
     signature, form, path = request.signature, request.form, request.path
-    program = traced("ONNX", request.model, signature, request.example)
+    hollow = weightless.hollow(request.model, form.precision)
+    program = traced("ONNX", hollow, signature, request.example)
+    weights = dict(request.model.named_parameters(remove_duplicate=False))
     ins, outs = ([spec.name for spec in side] for side in (signature.inputs, signature.outputs))
     try:
         with _quiet():
-            graph = _onnx_translate.translate(program, ins, outs, OPSET)
+            graph = _onnx_translate.translate(program, weights, ins, outs, OPSET)
             _clean(graph, request.about)
             _declare_axes(graph, signature)
             _allow_nothing(graph)
