@@ -23,6 +23,7 @@ TARGETS = {
     "cpu-avx512": _SERVERS,
     "cpu-amx": (*_SERVERS, "avx512_bf16", "amx_bf16", "amx_int8"),
 }
+_STATM = Path("/proc/self/statm")
 
 
 def cores() -> int:
@@ -53,6 +54,13 @@ def describe(threads: int) -> dict[str, Any]:
         "openmp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
+
+
+def resident_memory() -> int:
+    """Return the memory of this process, in bytes; where the system does not tell, its peak."""
+    if _STATM.is_file():
+        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
+    return peak_memory()
 
 
 def peak_memory() -> int:

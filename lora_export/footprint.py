@@ -7,7 +7,6 @@ loaded before, because the exporters' own imports come along with them.
 
 import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,12 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from lora_export import exporters
-from lora_export.environment import peak_memory
+from lora_export.environment import resident_memory
 from lora_export.errors import ExportFailed
 from lora_export.records import Array
 
 MOST_SECONDS = 600.0  # a process that has not answered by then never will
-_STATM = Path("/proc/self/statm")
 
 
 def grown_bytes(name: str, path: Path, threads: int, arrays: Mapping[str, Array]) -> int:
@@ -56,17 +54,10 @@ def main(name: str, path: str, threads: str, given: str) -> None:
     with np.load(given) as stored:
         arrays = dict(stored)
     gc.collect()
-    before = _resident_bytes()
+    before = resident_memory()
     runner = exporter.open_runner(Path(path), int(threads))
     runner.run(arrays)
-    sys.stdout.write(json.dumps({"grown_bytes": max(0, _resident_bytes() - before)}) + "\n")
-
-
-def _resident_bytes() -> int:
-    """Return the memory of this process; where the system does not tell, the most it ever had."""
-    if _STATM.is_file():
-        return int(_STATM.read_text().split()[1]) * resource.getpagesize()
-    return peak_memory()
+    sys.stdout.write(json.dumps({"grown_bytes": max(0, resident_memory() - before)}) + "\n")
 
 
 if __name__ == "__main__":

@@ -191,14 +191,23 @@ def tokenizer(base: Path) -> Any:
 def in_precision(model: nn.Module, precision: str) -> nn.Module:
     """Return `model` in the dtype that exporters start from for `precision`, as a copy if need be.
 
+    The copy holds all weights; `weightless.hollow` is the same without them.
+    """
+    dtype = dtype_in(model, precision)
+    return model if dtype is None else copy.deepcopy(model).to(dtype)
+
+
+def dtype_in(model: nn.Module, precision: str) -> torch.dtype | None:
+    """Return the dtype that `model` is converted to for `precision`; None where it stays as it is.
+
     "fp16" and "bf16" are what they say; everything else begins in float32, to which half precision
     is widened without loss: CPU runtimes lack kernels for it, and eight bits are made of float32.
     """
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if dtype is torch.float32 and not kinds & {torch.bfloat16, torch.float16}:
-        return model
-    return model if kinds == {dtype} else copy.deepcopy(model).to(dtype)
+        return None
+    return None if kinds == {dtype} else dtype
 
 
 def module_classes(model: nn.Module) -> dict[str, str]:

@@ -9,7 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from lora_export import companions, exporters, inputs, loading, models, registry, storage
+from lora_export import (
+    companions,
+    exporters,
+    inputs,
+    loading,
+    models,
+    registry,
+    storage,
+    weightless,
+)
 from lora_export.calling import Interface, interface_of
 from lora_export.companions import PROVENANCE
 from lora_export.errors import ExportFailed, InputError, listed
@@ -77,8 +86,8 @@ def load_unmerged(job: Job) -> nn.Module:
 
 
 def exact(model: nn.Module) -> nn.Module:
-    """Return a float64 copy of `model`: the reference."""
-    found: Any = copy.deepcopy(model).double()
+    """Return `model` in float64: the reference."""
+    found: Any = weightless.in_double(model)
     if hasattr(found, "set_experts_implementation"):  # the fused kernels know no float64
         found.set_experts_implementation("eager")
     return found  # type: ignore[no-any-return]
@@ -107,7 +116,7 @@ def export_stage(
     path = folder / (file or f"model{exporter.SUFFIX}")
     example = inputs.example(subject.signature)
     with models.quiet():
-        model = subject.interface.bind(models.in_precision(subject.model, form.precision))
+        model = subject.interface.bind(subject.model)
         known = about(subject) | {registry.PRECISION: json.dumps(form.precision)}
         runs = calibration(subject, examples) if form.precision in registry.CALIBRATED else ()
         exporter.export(

@@ -720,7 +720,7 @@ def export(folder: Path, artifact: str, place: Path, threads: int) -> dict[str, 
 
             exporter = exporters.load(name)
             with models.quiet():
-                module = subject.interface.bind(models.in_precision(subject.model, precision))
+                module = subject.interface.bind(subject.model)
                 note = {"lora_export.precision": json.dumps(precision)}
                 runs = [batch.arrays for batch in texts]
                 path = place / f"model{exporter.SUFFIX}"

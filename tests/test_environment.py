@@ -108,3 +108,15 @@ def test_at_least_one_core_may_be_used():
 def test_cores_are_known_where_the_system_has_no_affinity(monkeypatch):
     monkeypatch.setattr(environment, "os", SimpleNamespace(cpu_count=lambda: None))
     assert environment.cores() == 1
+
+
+def test_memory_that_is_asked_for_is_resident():
+    before = environment.resident_memory()
+    held = np.ones(8_000_000)
+    assert environment.resident_memory() - before > 0.9 * held.nbytes
+    assert environment.peak_memory() > held.nbytes
+
+
+def test_where_the_system_does_not_tell_the_peak_stands_for_what_is_resident(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "_STATM", tmp_path / "absent")
+    assert environment.resident_memory() == environment.peak_memory()

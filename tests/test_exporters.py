@@ -133,6 +133,17 @@ def test_a_path_of_this_machine_would_be_found(exported, tmp_path):
         assert exporters.describe(name, leaky).leaked_paths
 
 
+def test_a_path_across_two_pieces_would_be_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporters, "_PIECE", 64)
+    mark = f"{tmp_path.home()}/secret".encode()
+    file = tmp_path / "file"
+    for place in range(130):
+        file.write_bytes(b"." * place + mark + b"." * 99)
+        assert list(exporters._leaks(file)), place
+    file.write_bytes(b"." * 1000)
+    assert not list(exporters._leaks(file))
+
+
 def test_a_lora_operator_would_be_found(tiny_base, tiny_adapter, tmp_path):
     """Exporting the unmerged model is the mistake that this looks for."""
     path, live = tiny_adapter(tmp_path, str(tiny_base))

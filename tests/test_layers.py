@@ -14,7 +14,7 @@ ORDER = [
     "torch_rounding", "lora", "recomputed", "injection", "live",
     "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
-    "models", "resolving", "fitting", "loading", "compare", "runners", "inputs",
+    "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "inputs",
     "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
     "measurements", "codec", "report", "judging", "opening", "inspection", "merged_files", "stages",
     "tuning", "pipeline", "cli", "__main__",

@@ -152,16 +152,16 @@ def test_an_exporter_that_loses_the_mask_fails(finished, monkeypatch, tmp_path):
     folder, _, _ = finished
     whole = exporters.load("torchscript").export
 
-    def careless(model, signature, example, about, path, *more):
+    def careless(request):
         class Maskless(torch.nn.Module):
             def __init__(self):
                 super().__init__()
-                self.inner = model
+                self.inner = request.model
 
             def forward(self, input_ids, token_type_ids, attention_mask):
                 return self.inner(input_ids, token_type_ids, torch.ones_like(attention_mask))
 
-        whole(Maskless(), signature, example, about, path, *more)
+        whole(dataclasses.replace(request, model=Maskless()))
 
     monkeypatch.setattr(exporters.load("torchscript"), "export", careless)
     certificate = pipeline.export_file(
@@ -175,17 +175,17 @@ def test_an_exporter_that_freezes_the_batch_fails(finished, monkeypatch, tmp_pat
     folder, _, _ = finished
     whole = exporters.load("torchscript").export
 
-    def careless(model, signature, example, about, path, *more):
+    def careless(request):
         class Frozen(torch.nn.Module):
             def __init__(self):
                 super().__init__()
-                self.inner = model
+                self.inner = request.model
 
             def forward(self, input_ids, token_type_ids, attention_mask):
                 answer = self.inner(input_ids, token_type_ids, attention_mask)
                 return answer[:1].expand(int(input_ids.shape[0]), 2)
 
-        whole(Frozen(), signature, example, about, path, *more)
+        whole(dataclasses.replace(request, model=Frozen()))
 
     monkeypatch.setattr(exporters.load("torchscript"), "export", careless)
     certificate = pipeline.export_file(

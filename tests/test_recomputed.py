@@ -106,3 +106,14 @@ def test_a_run_proves_a_dora_adapter(tmp_path, tiny_base, classifier_of):
     slow = [v for v in certificate.verdicts if not v.passed and v.check != "latency"]
     assert slow == []
     assert any("computed anew in every call" in note for note in certificate.settings["notes"])
+
+
+def test_the_reference_of_a_model_with_recomputed_weights_is_exact(dora):
+    made, model = dora
+    model.requires_grad_(False)
+    double = copy.deepcopy(model).double()
+    reference = stages.exact(model)
+    for _ in range(2):  # a call puts the weights that it replaced back where they were
+        found, expected = (peft_made.answer(one, made.inputs) for one in (reference, double))
+        assert found.dtype == torch.float64
+        assert torch.equal(found, expected)

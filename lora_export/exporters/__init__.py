@@ -18,12 +18,13 @@ To add a format, add one file here with:
 Everything else (staging, digests, parity, latency, verdicts) follows from these.
 """
 
+import contextlib
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lora_export import registry, storage
 from lora_export.errors import InputError, LoraExportError
@@ -32,6 +33,8 @@ from lora_export.records import PLAIN, Array, Artifact, Form, Signature, TensorS
 if TYPE_CHECKING:
     from torch import nn
 
+_PIECE = 2**24  # bytes of an artifact that are looked through at a time
+
 
 @dataclass(frozen=True)
 class Request:
@@ -39,8 +42,8 @@ class Request:
 
     Attributes:
         model: Takes tensors in the order of `signature.inputs` and returns a tensor, or a tuple of
-            them, in the order of `signature.outputs`; its weights are in `form.precision` where
-            that is fp16 or bf16, else in float32.
+            them, in the order of `signature.outputs`; its weights are the checkpoint's, in the
+            checkpoint's dtype: `models.in_precision` or `weightless.hollow` is the exporter's part.
         signature: The inputs and outputs.
         example: Arrays for one call: two rows or more, an odd length, one row padded.
         about: Text to store in the file: labels and provenance.
@@ -129,13 +132,20 @@ def _leaks(file: Path) -> Iterator[str]:
     places = {Path.home(), Path.cwd(), Path(sys.prefix), Path(sys.base_prefix)}
     places.add(Path(__file__).parent)
     marks = {str(place) + "/" for place in places if place != Path(place.anchor)}
-    for content in _contents(file):
-        yield from (mark for mark in marks if mark.encode() in content)
+    overlap = max(len(mark.encode()) for mark in marks) - 1
+    for piece in _pieces(file, overlap):
+        yield from (mark for mark in marks if mark.encode() in piece)
 
 
-def _contents(file: Path) -> Iterator[bytes]:
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            yield from (archive.read(entry) for entry in archive.namelist())
-    else:
-        yield file.read_bytes()
+def _pieces(file: Path, overlap: int) -> Iterator[bytes]:
+    """Yield what `file` holds, unpacked, in pieces that begin with the end of the one before."""
+    with contextlib.ExitStack() as stack:
+        streams: Iterable[IO[bytes]] = [stack.enter_context(file.open("rb"))]
+        if zipfile.is_zipfile(file):
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            streams = (stack.enter_context(archive.open(name)) for name in archive.namelist())
+        for stream in streams:
+            before = b""
+            while new := stream.read(_PIECE):
+                yield before + new
+                before = (before + new)[-overlap:]

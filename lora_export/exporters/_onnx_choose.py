@@ -21,7 +21,7 @@ from lora_export.environment import cores
 from lora_export.errors import InputError
 from lora_export.exporters import _onnx_translate
 from lora_export.exporters._onnx_graph import Model, Node
-from lora_export.exporters._onnx_layers import linears, matrix
+from lora_export.exporters._onnx_layers import features, linears
 from lora_export.exporters._onnx_schemes import (
     Blocks,
     Dynamic,
@@ -176,7 +176,7 @@ def _flag(place: int) -> str:
 
 def _groups(layers: Mapping[str, Sequence[Node]], runs: Runs) -> list[list[str]]:
     """Return neighbours that are tried together, one by one where that is not too much work."""
-    sizes = sum(matrix(node).size for nodes in layers.values() for node in nodes)
+    sizes = sum(math.prod(features(node)) for nodes in layers.values() for node in nodes)
     tokens = sum(max(array.size for array in run.values()) for run in runs)
     together = math.ceil(len(layers) * sizes * tokens / MOST_PRODUCTS)
     names = list(layers)

@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from lora_export.exporters._onnx_graph import Model, Node, layer_of, untransposed
+from lora_export.exporters._onnx_graph import Model, Node, Value, layer_of, untransposed
 from lora_export.records import Array
 
 # Fewer outputs than this, those of a classifier, cost nothing and decide the answer.
@@ -26,9 +26,21 @@ def embeddings(model: Model) -> list[Node]:
 
 def matrix(node: Node) -> Array:
     """Return the matrix that a linear layer multiplies by, (features in, features out)."""
-    value, turned = untransposed(node.inputs[1])
+    value, turned = _weight(node)
     array: Array = value.const_value.numpy()
-    return array.T if turned != bool(node.attributes.get_int("transB", 0)) else array
+    return array.T if turned else array
+
+
+def features(node: Node) -> tuple[int, int]:
+    """Return the shape of `matrix(node)`, without reading it."""
+    value, turned = _weight(node)
+    first, second = value.shape.numpy()
+    return (second, first) if turned else (first, second)
+
+
+def _weight(node: Node) -> tuple[Value, bool]:
+    value, turned = untransposed(node.inputs[1])
+    return value, turned != bool(node.attributes.get_int("transB", 0))
 
 
 def _is_linear(node: Node) -> bool:
@@ -43,7 +55,7 @@ def _is_linear(node: Node) -> bool:
         not node.attributes.get_int("transA", 0)
         and node.attributes.get_float("alpha", 1.0) == node.attributes.get_float("beta", 1.0) == 1.0
     )
-    return plain and len(weight.shape) == 2 and matrix(node).shape[1] >= LEAST_FEATURES
+    return plain and len(weight.shape) == 2 and features(node)[1] >= LEAST_FEATURES
 
 
 def _is_embedding(node: Node) -> bool:

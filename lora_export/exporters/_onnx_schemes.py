@@ -18,7 +18,7 @@ from lora_export.exporters._onnx_graph import (
     take_place,
     tidy,
 )
-from lora_export.exporters._onnx_layers import embeddings, linears, matrix
+from lora_export.exporters._onnx_layers import embeddings, features, linears, matrix
 from lora_export.records import Array
 
 BYTE = 127  # largest weight of eight bits
@@ -184,8 +184,8 @@ class Blocks:
     def product(self, graph: Graph, node: Node) -> Value:
         """See `Scheme`."""
         x, weight, *bias = node.inputs
-        features = matrix(node)
-        packed, scales = blockwise(features, self.bits)
+        packed, scales = blockwise(matrix(node), self.bits)
+        wide, high = features(node)
         name = f"{weight.name}_int{self.bits}"
         product = insert(
             graph,
@@ -197,8 +197,8 @@ class Blocks:
                 initializer(graph, f"{name}_scale", scales),
             ],
             {
-                "K": features.shape[0],
-                "N": features.shape[1],
+                "K": wide,
+                "N": high,
                 "bits": self.bits,
                 "block_size": BLOCK,
                 "accuracy_level": 4,

@@ -2,10 +2,11 @@
 
 torch's exporter does the translation. What is left out around it: tracing the program once more for
 decompositions that no operation needs, rewrite rules that the next step does better, transposed
-copies of all weights, and a second copy of the file in memory.
+copies of all weights, and any copy of the weights in memory: they are read from where they lie,
+converted and written one by one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from lora_export.exporters._onnx_graph import Model, Node, Value
@@ -24,9 +26,16 @@ _ATEN = torch.ops.aten
 
 
 def translate(
-    program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int
+    program: ExportedProgram,
+    weights: Mapping[str, Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int,
 ) -> Model:
     """Return `program` as ONNX, its inputs and outputs so named, unoptimised but for constants.
+
+    The program's own parameters hold no numbers; `weights` do, by the same names and perhaps in
+    another dtype. The graph refers to them.
 
     Raises:
         torch.onnx.errors.OnnxExporterError: an operation has no translation.
@@ -35,9 +44,12 @@ def translate(
     def exported(*, optimize: bool) -> Model:
         result = torch.onnx.export(
             program, (), input_names=inputs, output_names=outputs, dynamo=True,
-            opset_version=opset, optimize=optimize, verbose=False,
+            opset_version=opset, optimize=False, verbose=False,
         )  # fmt: skip
         assert result is not None
+        _attach(result.model, weights)
+        if optimize:  # not before: constants are computed from the weights
+            result.optimize()
         return result.model
 
     _simplify(program)
@@ -86,6 +98,20 @@ def save(model: Model, path: Path, *, apart: bool = False) -> None:
         for prefix, head, value in zip(prefixes, heads, weights, strict=True):
             file.write(prefix + head)
             value.const_value.tofile(file)
+
+
+def _attach(model: Model, weights: Mapping[str, Tensor]) -> None:
+    """Let the initializers named as `weights` be these, converted whenever they are read."""
+
+    def lazy(weight: Tensor, blank: Any) -> ir.LazyTensor:
+        dtype: torch.dtype = blank.raw.dtype
+        return ir.LazyTensor(
+            lambda: ir.tensor(weight.detach().to(dtype)), blank.dtype, blank.shape, name=blank.name
+        )
+
+    for name, value in model.graph.initializers.items():
+        if name in weights:
+            value.const_value = lazy(weights[name], value.const_value)
 
 
 def _tensor_head(value: Value) -> bytes:

@@ -21,6 +21,7 @@ import torch
 from torch._inductor import config, cpu_vec_isa
 from torch.export.pt2_archive import PT2ArchiveWriter
 
+from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
@@ -67,13 +68,14 @@ def _export(request: Request) -> None:
             "aoti: compiled code cannot take the source of no tokens that each step of an "
             "encoder-decoder passes; export it to pt2 or onnx, or without: --no-cache"
         )
-    program = captured("aoti", request.model, signature, request.example)
+    model = models.in_precision(request.model, request.form.precision)
+    program = captured("aoti", model, signature, request.example)
     isa = _isa()
     note = as_text(
         *declared(program, signature.inputs, signature.outputs),
         request.about,
         names=[*program.state_dict, *program.constants],
-        precision=precision_of(request.model),
+        precision=precision_of(model),
         target={"platform": sys.platform, "machine": platform.machine(), "isa": isa},
         torch=torch.__version__,
     )

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from lora_export import registry, storage
+from lora_export import registry, storage, weightless
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import (
     Contents,
@@ -62,11 +62,13 @@ def graph_of(request: Request) -> Model:
         ExportFailed: torch cannot export the model.
     """
     signature = request.signature
-    program = traced("ONNX", request.model, signature, request.example)
+    hollow = weightless.hollow(request.model, request.form.precision)
+    program = traced("ONNX", hollow, signature, request.example)
+    weights = dict(request.model.named_parameters(remove_duplicate=False))
     ins, outs = ([spec.name for spec in side] for side in (signature.inputs, signature.outputs))
     try:
         with _quiet():
-            graph = _onnx_translate.translate(program, ins, outs, OPSET)
+            graph = _onnx_translate.translate(program, weights, ins, outs, OPSET)
             _clean(graph, request.about)
             _declare_axes(graph, signature)
             _allow_nothing(graph)

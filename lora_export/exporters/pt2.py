@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
@@ -21,7 +22,8 @@ def export(request: Request) -> None:
         ExportFailed: torch cannot export the model, or fixed an axis.
     """
     signature = request.signature
-    program = captured("pt2", request.model, signature, request.example)
+    model = models.in_precision(request.model, request.form.precision)
+    program = captured("pt2", model, signature, request.example)
     note = as_text(*declared(program, signature.inputs, signature.outputs), request.about)
     try:
         # Given a path, torch would write its name into the archive.

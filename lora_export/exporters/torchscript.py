@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.records import TensorSpec
@@ -29,6 +30,7 @@ def export(request: Request) -> None:
         ExportFailed: torch cannot trace the model.
     """
     signature, path = request.signature, request.path
+    model = models.in_precision(request.model, request.form.precision)
     names = {
         "inputs": [spec.name for spec in signature.inputs],
         "outputs": [spec.name for spec in signature.outputs],
@@ -44,7 +46,7 @@ def export(request: Request) -> None:
             # Tracing touches every attribute of a model, deprecated ones too, and warns of each
             # shape that it reads; what matters of that shows in the parity check.
             warnings.simplefilter("ignore")
-            traced = torch.jit.trace(request.model, tensors, check_trace=False)
+            traced = torch.jit.trace(model, tensors, check_trace=False)
             torch.jit.save(traced, str(traced_path), _extra_files=extra)
         _without_source_paths(traced_path, path)
     except (RuntimeError, TypeError, ValueError) as error:
