@@ -13,14 +13,21 @@ import onnx_ir as ir
 import torch
 
 from lora_export.errors import ExportFailed, first_line
-from lora_export.exporters import Contents, Request, _onnx_int8, _onnx_speed, _onnx_translate
+from lora_export.exporters import (
+    Contents,
+    Request,
+    _onnx_int8,
+    _onnx_speed,
+    _onnx_text,
+    _onnx_translate,
+)
 from lora_export.exporters._program import traced
 from lora_export.records import Signature, TensorSpec
 from lora_export.runners.onnx import OnnxRunner
 
 SUFFIX = ".onnx"
 PRECISIONS = ("fp32", "fp16", "int8")
-OPTIONS = ("external_data", "optimize")
+OPTIONS = ("external_data", "optimize", "text")
 # Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
 OPSET = 20
 # A protobuf ends at 2 GiB; above this the weights go to a second file, NAME.onnx.data.
@@ -34,9 +41,11 @@ def export(request: Request) -> None:
     """Write the model, every string axis of the signature dynamic.
 
     Raises:
-        ExportFailed: torch cannot export the model.
+        InputError: text is to go in, and there is no such graph of the tokenizer or the model.
+        ExportFailed: torch cannot export the model; or the tokenizer in the graph is not exact.
     """
     signature, form, path = request.signature, request.form, request.path
+    tokenizer = _tokenizer(request) if form.text else None
     program = traced("ONNX", request.model, signature, request.example)
     ins, outs = ([spec.name for spec in side] for side in (signature.inputs, signature.outputs))
     try:
@@ -52,12 +61,25 @@ def export(request: Request) -> None:
                 graph.metadata_props[KEPT] = json.dumps(kept)
                 _onnx_int8.quantise(graph, kept)
             size = sum(v.const_value.nbytes for v in graph.graph.initializers.values())
+            if tokenizer is not None:
+                if size > LARGE:
+                    raise ExportFailed("ONNX: the model is too large for one file, as text needs it")
+                _onnx_text.compose(graph, tokenizer, signature)
             if form.external_data or size > LARGE:
                 ir.save(graph, path, external_data=f"{path.name}.data")
             else:
                 _onnx_translate.save(graph, path)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportFailed(f"ONNX: {first_line(error.__cause__ or error)}") from error
+    if form.text:
+        _onnx_text.prove(path, request.tokens, signature)
+
+
+def _tokenizer(request: Request) -> Any:
+    """Return the graph of the tokenizer, made before the model is: it may be none."""
+    external = request.form.external_data
+    _onnx_text.refuse(request.signature, request.tokens, external_data=external)
+    return _onnx_text.tokenizer(request.tokens, request.signature)
 
 
 def inspect(path: Path) -> Contents:
@@ -90,8 +112,17 @@ def inspect(path: Path) -> Contents:
 
 
 def open_runner(path: Path, threads: int) -> OnnxRunner:
-    """Return a runner for the file at `path`."""
-    return OnnxRunner(path, threads)
+    """Return a runner for the file at `path`.
+
+    Raises:
+        InputError: the tokenizer is inside, and what runs it is not installed.
+    """
+    try:
+        return OnnxRunner(path, threads)
+    except Exception as error:  # onnxruntime's own class of errors is a plain Exception
+        if _onnx_text.DOMAIN not in str(error):
+            raise
+    return _onnx_text.open_runner(path, threads)
 
 
 def _clean(model: Any, about: Mapping[str, str]) -> None:
@@ -126,6 +157,8 @@ def _allow_nothing(model: Any) -> None:
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
     axes = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
+    if kind.elem_type == onnx.TensorProto.STRING:  # numpy calls it an object
+        return TensorSpec(value.name, "string", axes)
     return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), axes)
 
 

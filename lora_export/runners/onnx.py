@@ -1,13 +1,18 @@
 """An ONNX file, run by onnxruntime on the CPU."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 
 from lora_export import registry
-from lora_export.records import Array
+from lora_export.errors import InputError
+from lora_export.records import LABEL, PROBABILITIES, TEXT, Array
+
+EXTRA = "pip install 'lora-export[text]'"
 
 
 class OnnxRunner:
@@ -15,8 +20,10 @@ class OnnxRunner:
 
     name = "onnx"
 
-    def __init__(self, model: Path | bytes, threads: int) -> None:
+    def __init__(self, model: Path | bytes, threads: int, library: str = "") -> None:
         options = onnxruntime.SessionOptions()
+        if library:
+            options.register_custom_ops_library(library)
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -35,3 +42,46 @@ class OnnxRunner:
         """Return the named outputs for named inputs."""
         values = self.session.run(self.outputs, dict(inputs))
         return dict(zip(self.outputs, values, strict=True))
+
+
+class OnnxTextRunner(OnnxRunner):
+    """Runs a graph with the tokenizer inside: on texts, and on token ids from behind it.
+
+    `parts` gives the two models that the file consists of, up to the ids and from there; they are
+    opened when they are first asked for.
+    """
+
+    def __init__(self, path: Path, threads: int, parts: Callable[[], tuple[bytes, bytes]]) -> None:
+        super().__init__(path, threads, text_library())
+        self._threads, self._parts = threads, parts
+
+    @functools.cached_property
+    def _opened(self) -> tuple[OnnxRunner, OnnxRunner]:
+        front, back = self._parts()
+        return OnnxRunner(front, self._threads, text_library()), OnnxRunner(back, self._threads)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the named outputs for a text; for token ids, what the model behind answers."""
+        return super().run(inputs) if TEXT in inputs else self._opened[1].run(inputs)
+
+    def read(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Return all outputs for `texts`."""
+        return self.run({TEXT: np.array(texts, object)})
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Return the token ids that the graph makes of `texts`, and the mask with them."""
+        return self._opened[0].run({TEXT: np.array(texts, object)})
+
+    def answer(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Return what the model answers to `texts`, without what is made of it afterwards."""
+        found = self.read(texts)
+        return {name: found[name] for name in found if name not in (LABEL, PROBABILITIES)}
+
+
+def text_library() -> str:
+    """Return the library of operators on text; raises `InputError` where it is not installed."""
+    try:
+        import onnxruntime_extensions
+    except ImportError as error:
+        raise InputError(f"onnxruntime-extensions is not installed; {EXTRA}") from error
+    return str(onnxruntime_extensions.get_library_path())

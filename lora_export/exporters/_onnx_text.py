@@ -1,0 +1,501 @@
+"""The tokenizer as a part of the ONNX graph: text goes in. Needs the extra `text` to run.
+
+Two kinds of tokenizer are written: BERT's WordPiece, and byte-level BPE as GPT-2 and RoBERTa have
+it. What they do to a text is stated here in operators; that it is what the tokenizer does is not
+assumed but tried, on the file as it was written, before anything is handed out.
+
+Of WordPiece, onnxruntime-extensions has the greedy search for pieces alone. Its own lower-casing,
+accents and control characters differ from Hugging Face's. So what the tokenizer does to each code
+point is asked of the tokenizer, and stored in the file.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from lora_export import inputs
+from lora_export.errors import ExportFailed, InputError, listed
+from lora_export.exporters._onnx_graph import Model, Value
+from lora_export.records import LABEL, PROBABILITIES, TEXT, Batch, Signature
+from lora_export.runners.onnx import OnnxTextRunner, text_library
+
+DOMAIN = "ai.onnx.contrib"
+_IDS = ("input_ids", "attention_mask", "token_type_ids")
+_BLOCK = 256  # code points that are looked at together first
+# BERT's pre-tokenizer sets every ASCII punctuation mark apart, so that no word but "!" holds one:
+# what begins with it in the graph can be no word of a text.
+_MARK = "!"
+# What Hugging Face takes away beside an added token: Unicode's White_Space.
+_SPACE = r"[\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]"
+_OPSETS = f'["" : 20, "ai.onnx.ml" : 4, "{DOMAIN}" : 1]'
+
+# In: `text`. Out: the ids of all texts in a row, and where those of each begin and how many.
+# WordpieceTokenizer leaves what it found of a word before it gave up; so it is asked twice.
+_WORDPIECE = """
+    pieces, piece_begins, piece_ends, rows =
+        ai.onnx.contrib.StringRegexSplitWithOffsets(text, pattern, pattern)
+    spaced = ai.onnx.contrib.StringRegexReplace(pieces, apart, with_spaces)
+    kept_pieces = ai.onnx.contrib.StringRegexReplace(spaced, removed, nothing)
+    images = ai.onnx.ml.LabelEncoder(kept_pieces)
+    is_unchanged = Equal(images, mark)
+    written = Where(is_unchanged, kept_pieces, images)
+    row_begins = Slice(rows, zero, minus_one)
+    row_ends = Slice(rows, one, end)
+    row_counts = Sub(row_ends, row_begins)
+    longest = ReduceMax<keepdims = 0>(row_counts)
+    row_width = Max(longest, one_alone)
+    row_columns = Range(zero_alone, row_width, one_alone)
+    row_begins_down = Unsqueeze(row_begins, one)
+    row_ends_down = Unsqueeze(row_ends, one)
+    row_places = Add(row_begins_down, row_columns)
+    in_row = Less(row_places, row_ends_down)
+    piece_count = Shape(pieces)
+    piece_index = Where(in_row, row_places, piece_count)
+    pieces_and_none = Concat<axis = 0>(written, nothing)
+    grid = Gather(pieces_and_none, piece_index)
+    lines = ai.onnx.contrib.StringJoin(grid, nothing, one)
+    words, word_begins, word_ends, word_rows =
+        ai.onnx.contrib.StringRegexSplitWithOffsets(lines, space, nothing)
+    tried, tried_rows, tried_begins, tried_ends =
+        ai.onnx.contrib.WordpieceTokenizer(words, no_rows)
+    tried_last = Sub(tried_ends, one)
+    last_piece = Gather(tried, tried_last)
+    is_unknown = Equal(last_piece, unknown)
+    known_words = Where(is_unknown, unknown, words)
+    parts, part_rows, part_begins, part_ends =
+        ai.onnx.contrib.WordpieceTokenizer(known_words, no_rows)
+    flat = ai.onnx.ml.LabelEncoder(parts)
+    text_rows = Gather(part_rows, word_rows)
+    text_begins = Slice(text_rows, zero, minus_one)
+    text_ends = Slice(text_rows, one, end)
+    counts = Sub(text_ends, text_begins)
+    begins = Unsqueeze(text_begins, one)
+"""
+_BPE = """
+    trimmed = ai.onnx.contrib.StringRegexReplace(text, pattern, token_alone)
+    bare_ids, bare_mask = ai.onnx.contrib.GPT2Tokenizer(trimmed)
+    counts = ReduceSum<keepdims = 0>(bare_mask, one)
+    flat = Reshape(bare_ids, minus_one)
+    bare_batch = Shape<start = 0, end = 1>(bare_ids)
+    bare_width = Shape<start = 1, end = 2>(bare_ids)
+    texts_in_all = Squeeze(bare_batch)
+    row_numbers = Range(zero_alone, texts_in_all, one_alone)
+    row_begins = Mul(row_numbers, bare_width)
+    begins = Unsqueeze(row_begins, one)
+"""
+# Every place of the output is an index into all ids, followed by what is put around them: those
+# before, those after, the padding. `before` and `around` count them, `most` is left for the text.
+_AROUND = """
+    fitting = Min(counts, most)
+    kept = Unsqueeze(fitting, one)
+    ends = Add(kept, before)
+    lengths = Add(kept, around)
+    width = ReduceMax<keepdims = 0>(lengths)
+    columns = Range(zero_alone, width, one_alone)
+    count = Shape(flat)
+    is_before = Less(columns, before)
+    behind = Sub(columns, kept)
+    behind_or_padding = Min(behind, around)
+    place_around = Where(is_before, columns, behind_or_padding)
+    index_around = Add(place_around, count)
+    place = Sub(columns, before)
+    index_inside = Add(place, begins)
+    has_begun = GreaterOrEqual(columns, before)
+    has_not_ended = Less(columns, ends)
+    is_inside = And(has_begun, has_not_ended)
+    index = Where(is_inside, index_inside, index_around)
+    all_ids = Concat<axis = 0>(flat, specials)
+    input_ids = Gather(all_ids, index)
+    is_attended = Less(columns, lengths)
+    attention_mask = Cast<to = 7>(is_attended)
+    token_type_ids = Mul(attention_mask, zero)
+"""
+_DECIDED = f"""
+<ir_version: 10, opset_import: {_OPSETS}>
+decided (float[batch, classes] logits)
+    => (string[batch] {LABEL}, float[batch, classes] {PROBABILITIES})
+{{
+    {PROBABILITIES} = Softmax<axis = -1>(logits)
+    chosen = ArgMax<axis = -1, keepdims = 0>(logits)
+    {LABEL} = Gather<axis = 0>(names, chosen)
+}}
+"""
+_CONSTANTS: dict[str, Any] = {
+    "zero": [0],
+    "one": [1],
+    "minus_one": [-1],
+    "end": [2**63 - 1],
+    "zero_alone": 0,
+    "one_alone": 1,
+    "no_rows": [],
+}
+
+
+def refuse(signature: Signature, tokens: Any, *, external_data: bool) -> None:
+    """Raise `InputError` where there can be no file that takes text, or it cannot be proven here.
+
+    That it is not for a tokenizer of this kind is said by `tokenizer`.
+    """
+    names = {spec.name for spec in signature.inputs}
+    text_library()
+    if tokens is None or "input_ids" not in names:
+        raise InputError("the model takes no text: there is no tokenizer to put into the graph")
+    if signature.has_cache or signature.has_target:
+        raise InputError(
+            "a model that writes goes on from its own tokens, and takes no text in every step"
+            + ("; --no-cache exports one call" if signature.has_cache else "")
+        )
+    if any("choices" in spec.axes for spec in signature.inputs) or names - {*_IDS}:
+        raise InputError(
+            "the graph makes one sequence of one text: pairs of texts and choices are not written"
+        )
+    if external_data:
+        raise InputError("what takes text is one file: --text goes without --external-data")
+
+
+def tokenizer(tokens: Any, signature: Signature) -> Model:
+    """Return the graph from `text` to token ids, mask and what else `signature` takes.
+
+    Raises:
+        InputError: a kind of tokenizer that has no such graph.
+    """
+    backend = getattr(tokens, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(f"{type(tokens).__name__} has no tokenizer.json to make a graph of")
+    stated = json.loads(backend.to_str())
+    _refuse_settings(tokens, stated)
+    kind = stated["model"]["type"]
+    write: Any = {"WordPiece": _wordpiece, "BPE": _bpe}.get(kind)
+    if write is None:
+        raise InputError(
+            f"the tokenizer is a {kind} model; a graph is made of WordPiece and byte-level BPE only"
+        )
+    body, constants, attributes = write(backend, stated)
+    before, after = _specials(tokens)
+    around = len(before) + len(after)
+    constants |= {
+        "specials": [*before, *after, int(tokens.pad_token_id)],
+        "before": [len(before)],
+        "around": [around],
+        "most": [signature.max_length - around],
+    }
+    outputs = ", ".join(f"int64[batch, sequence] {spec.name}" for spec in signature.inputs)
+    return _graph(
+        f"<ir_version: 10, opset_import: {_OPSETS}>\n"
+        f"tokenizer (string[batch] {TEXT}) => ({outputs})\n{{{body}{_AROUND}}}",
+        constants,
+        attributes,
+    )
+
+
+def compose(model: Model, tokenizer: Model, signature: Signature) -> None:
+    """Put `tokenizer` before the graph of `model`, and behind it what makes labels of logits."""
+    graph = model.graph
+    texts, ids = _graft(model, tokenizer, first=True)
+    made = {value.name: value for value in ids}
+    for old in graph.inputs:
+        old.replace_all_uses_with(made[old.name])
+    graph.inputs[:] = texts
+    if signature.labels:
+        decided = _graph(_DECIDED, {"names": list(signature.labels)}, {})
+        ((logits,), outputs) = _graft(model, decided, first=False)
+        scores = next(value for value in graph.outputs if value.name == logits.name)
+        logits.replace_all_uses_with(scores)
+        graph.outputs[:0] = outputs
+    RemoveUnusedNodesPass()(model)
+    model.opset_imports.update(tokenizer.opset_imports)
+
+
+def prove(path: Path, tokens: Any, signature: Signature) -> None:
+    """Try the file at `path` on texts made to find faults, and on the sentences of this package.
+
+    Raises:
+        ExportFailed: ids or mask are not those of `tokens`; the message lists such texts.
+    """
+    runner = open_runner(path, 1)
+    sentences = inputs.text_batches(tokens, signature, *inputs.read_texts(None))
+    batches = (*inputs.hard_batches(tokens, signature), *sentences)
+    if wrong := [text for batch in batches for text in differing(runner, batch)]:
+        raise ExportFailed(
+            listed(
+                f"the tokenizer in the graph differs from {type(tokens).__name__} in {len(wrong)} "
+                f"of {sum(len(batch.texts) for batch in batches)} texts",
+                (repr(text[:40]) for text in wrong),
+            )
+        )
+
+
+def differing(runner: OnnxTextRunner, batch: Batch) -> list[str]:
+    """Return the texts of `batch` of which the file makes other ids or another mask."""
+    found = runner.tokenize(batch.texts)
+    if any(array.shape != batch.arrays[name].shape for name, array in found.items()):
+        return list(batch.texts)
+    return [
+        text
+        for row, text in enumerate(batch.texts)
+        if any((array[row] != batch.arrays[name][row]).any() for name, array in found.items())
+    ]
+
+
+def open_runner(path: Path, threads: int) -> OnnxTextRunner:
+    """Return a runner for the file at `path`, and for its two parts."""
+    return OnnxTextRunner(path, threads, functools.partial(_parts, path))
+
+
+def _parts(path: Path) -> tuple[bytes, bytes]:
+    """Return the two models that the file at `path` consists of: up to the ids, and from there."""
+    front, back = ir.load(str(path)), ir.load(str(path))
+    ids = {value.name: value for value in _made(front) if value.name in _IDS}
+    front.graph.outputs[:] = list(ids.values())
+    graph = back.graph
+    graph.inputs.clear()
+    for value in [value for value in _made(back) if value.name in ids]:
+        given = ir.val(value.name, dtype=ir.DataType.INT64, shape=ir.Shape(["batch", "sequence"]))
+        value.name = f"{TEXT}.{value.name}"
+        value.replace_all_uses_with(given)
+        graph.inputs.append(given)
+    graph.outputs[:] = [v for v in graph.outputs if v.name not in (LABEL, PROBABILITIES)]
+    for model in (front, back):
+        RemoveUnusedNodesPass()(model)
+    return ir.to_proto(front).SerializeToString(), ir.to_proto(back).SerializeToString()
+
+
+def _made(model: Model) -> list[Value]:
+    return [value for node in model.graph for value in node.outputs]
+
+
+def _graph(
+    text: str, constants: Mapping[str, Any], attributes: Mapping[str, Mapping[str, Any]]
+) -> Model:
+    """Return the graph that `text` states, with constants by name, and attributes by output.
+
+    Constants are nodes: the weights of the file are its only initializers.
+    """
+    known = {**_CONSTANTS, **constants}
+    head, body = text.split("{", 1)
+    lines = "".join(f"\n    {name} = Constant()" for name in known)
+    model: Model = ir.from_onnx_text(f"{head}{{{lines}{body}")
+    for node in model.graph:
+        name = node.outputs[0].name
+        more = {_kind(known[name]): known[name]} if name in known else attributes.get(name, {})
+        for key, value in more.items():
+            empty = isinstance(value, list) and not value
+            made = ir.AttrInt64s(key, ()) if empty else ir.convenience.convert_attribute(key, value)
+            node.attributes.add(made)
+    return model
+
+
+def _kind(value: Any) -> str:
+    """Return the name of the attribute that holds a constant such as `value`."""
+    if isinstance(value, int):
+        return "value_int"
+    return "value_strings" if value and isinstance(value[0], str) else "value_ints"
+
+
+def _graft(model: Model, part: Model, *, first: bool) -> tuple[list[Value], list[Value]]:
+    """Move the nodes of `part` into the graph of `model`; return its inputs and its outputs."""
+    nodes, graph = list(part.graph), model.graph
+    given, made = list(part.graph.inputs), list(part.graph.outputs)
+    for node in nodes:
+        for value in node.outputs:
+            if value not in made:
+                value.name = f"{TEXT}.{value.name}"
+        node.name = f"{TEXT}.{node.outputs[0].name}"
+    part.graph.inputs.clear()
+    part.graph.outputs.clear()
+    part.graph.remove(nodes)
+    if first:
+        graph.insert_before(graph[0], nodes)
+    else:
+        graph.extend(nodes)
+    return given, made
+
+
+# ---------------------------------------------------------------- the two kinds of tokenizer
+
+
+def _refuse_settings(tokens: Any, stated: Mapping[str, Any]) -> None:
+    """Raise where the tokenizer is set to something that the graph does not do."""
+    faults = [
+        f"{name} is {getattr(tokens, name)!r}"
+        for name in ("padding_side", "truncation_side")
+        if getattr(tokens, name) != "right"
+    ]
+    faults += [
+        f"{token['content']!r} is found as a whole word only"
+        for token in stated["added_tokens"]
+        if token["single_word"]
+    ]
+    if faults:
+        raise InputError(listed("the tokenizer does what a graph does not", faults))
+
+
+def _specials(tokens: Any) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before and behind a text."""
+    (sentence, *_), _ = inputs.read_texts(None)
+    whole, bare = (
+        tokens(sentence, add_special_tokens=special)["input_ids"] for special in (True, False)
+    )
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    raise InputError("the tokenizer puts special tokens between those of a text")
+
+
+def _wordpiece(backend: Any, stated: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
+    """Return body, constants and attributes of the graph of BERT's tokenizer."""
+    model, normalizer, splitter = (stated[k] for k in ("model", "normalizer", "pre_tokenizer"))
+    added = [token["content"] for token in stated["added_tokens"]]
+    late = [t["content"] for t in stated["added_tokens"] if t["normalized"]]
+    if (normalizer or {}).get("type", "BertNormalizer") != "BertNormalizer" or late:
+        kind = (normalizer or {}).get("type")
+        raise InputError(
+            listed(f"tokens are looked for after {kind}", late)
+            if late
+            else f"the tokenizer normalises by {kind}; a graph is made of BertNormalizer only"
+        )
+    if (splitter or {}).get("type") != "BertPreTokenizer":
+        raise InputError(
+            f"the tokenizer splits words by {(splitter or {}).get('type')}; with WordPiece, a "
+            "graph is made of BertPreTokenizer only"
+        )
+    images = _images(_Words(backend))
+    apart = [c for c, image in images.items() if image == f" {c} "]
+    removed = [c for c, image in images.items() if not image]
+    others = {c: v for c, v in images.items() if v not in ("", f" {c} ")}
+    others |= {token: f" {_MARK}{token} " for token in added}
+    ids = {**model["vocab"], **{f"{_MARK}{t['content']}": t["id"] for t in stated["added_tokens"]}}
+    # Runs of what stays as it is are one piece, as far as no added token begins in them.
+    plain = _not_in({*images, *(token[0] for token in added)})
+    constants = {
+        "pattern": [f"({''.join(f'{_literal(t)}|' for t in _longest_first(added))}{plain}+|(?s:.))"],
+        "apart": [f"^({_in(apart)})$"],
+        "with_spaces": [r" \1 "],
+        "removed": [f"^{_in(removed)}$"],
+        "nothing": [""],
+        "space": ["( +)"],
+        "unknown": [model["unk_token"]],
+        "mark": [_MARK],
+    }
+    pieces = {
+        "vocab": json.dumps(ids),
+        "suffix_indicator": model["continuing_subword_prefix"],
+        "unknown_token": model["unk_token"],
+        "max_input_chars_per_word": model["max_input_chars_per_word"],
+    }
+    attributes = {
+        "images": {
+            "keys_strings": list(others),
+            "values_strings": list(others.values()),
+            "default_string": _MARK,
+        },
+        "tried": pieces,
+        "parts": pieces,
+        "flat": {
+            "keys_strings": list(ids),
+            "values_int64s": list(ids.values()),
+            "default_int64": ids[model["unk_token"]],
+        },
+    }
+    return _WORDPIECE, constants, attributes
+
+
+class _Words:
+    """What BERT's normaliser and pre-tokenizer make of a few characters inside a word."""
+
+    def __init__(self, backend: Any) -> None:
+        self.normalizer, self.splitter = backend.normalizer, backend.pre_tokenizer
+
+    def __call__(self, characters: str) -> str:
+        """Return what becomes of `characters`: a space stands where a word ends."""
+        text = f"a{characters}a"
+        if self.normalizer is not None:
+            text = self.normalizer.normalize_str(text)
+        return " ".join(word for word, _ in self.splitter.pre_tokenize_str(text))[1:-1]
+
+
+def _images(words: _Words) -> dict[str, str]:
+    """Return what `words` makes of every code point that does not stay as it is.
+
+    No code point of BERT's changes what becomes of its neighbour. NUL, at which onnxruntime ends
+    a text, and surrogates are left out.
+    """
+    found: dict[str, str] = {}
+    for start in range(0, 0x110000, _BLOCK):
+        block = [chr(c) for c in range(start or 1, start + _BLOCK) if not 0xD800 <= c <= 0xDFFF]
+        image = words("".join(block))
+        if image != "".join(block):  # most are: private, or not assigned
+            found |= {c: words(c) for c in block} if image else dict.fromkeys(block, "")
+    return {c: image for c, image in found.items() if c != image}
+
+
+def _bpe(backend: Any, stated: Mapping[str, Any]) -> tuple[str, dict[str, Any], Any]:
+    """Return body, constants and attributes of the graph of a byte-level BPE tokenizer."""
+    model, splitter = stated["model"], stated["pre_tokenizer"] or {}
+    usual = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    asked = {name: splitter.get(name) for name in usual}
+    off = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    others = [name for name in (*off, "ignore_merges") if model.get(name)]
+    if stated["normalizer"]:
+        others.append("normalizer")
+    if asked != usual or others:
+        faults = [*others, *(f"{k} {v!r}" for k, v in asked.items() if v != usual[k])]
+        raise InputError(
+            listed("a graph is made of BPE as GPT-2 has it only; this tokenizer has", faults)
+        )
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    added = stated["added_tokens"]
+    pattern, replacement = _trimming(added)
+    attributes = {
+        "bare_ids": {
+            "vocab": json.dumps(model["vocab"]),
+            "merges": "\n".join(merges),
+            "added_token": "\n".join(f"{t['content']}={t['id']}" for t in added),
+        }
+    }
+    return _BPE, {"pattern": [pattern], "token_alone": [replacement]}, attributes
+
+
+def _trimming(added: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return the expression that finds tokens with the white space they swallow; what stays."""
+    sides = {(bool(t["lstrip"]), bool(t["rstrip"])) for t in added}
+    parts, groups = [], []
+    for number, (left, right) in enumerate(sorted(sides - {(False, False)}), 1):
+        names = [t["content"] for t in added if (t["lstrip"], t["rstrip"]) == (left, right)]
+        found = "|".join(_literal(name) for name in _longest_first(names))
+        parts.append(f"{_SPACE + '*' * left if left else ''}({found}){_SPACE + '*' if right else ''}")
+        groups.append(f"\\{number}")
+    return "|".join(parts) or _in(()), "".join(groups)
+
+
+def _longest_first(tokens: Iterable[str]) -> list[str]:
+    return sorted(tokens, key=len, reverse=True)
+
+
+def _literal(text: str) -> str:
+    return "".join(f"\\x{{{ord(c):X}}}" for c in text)
+
+
+def _in(characters: Iterable[str]) -> str:
+    """Return the RE2 expression for one of `characters`; one that never fits where there is none."""
+    return f"[{_ranges(characters)}]" if characters else r"[^\x{0}-\x{10FFFF}]"
+
+
+def _not_in(characters: Iterable[str]) -> str:
+    return f"[^{_ranges(characters)}]"
+
+
+def _ranges(characters: Iterable[str]) -> str:
+    ranges: list[list[int]] = []
+    for code in sorted(map(ord, characters)):
+        if ranges and ranges[-1][1] == code - 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "".join(f"\\x{{{first:X}}}-\\x{{{last:X}}}" for first, last in ranges)
