@@ -1,6 +1,7 @@
 """What the models are run on: real sentences, and a grid of shapes made to find faults."""
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -29,19 +30,7 @@ GRID = (
 )  # fmt: skip
 EXAMPLE = (2, 7, "right")
 TIMED = ((1, 32), (8, 32))  # (batch, length) of the latency measurement
-# Texts that tokenizers differ in. Another tool's BERT gets a third of them wrong.
-HARD = (
-    "A good film.", "", " ", "  spaces   around  ", "tab\tline\nboth\r\nend", "!", "\n",
-    "Café déjà vu, naïve Ünïcödé", "Cafe\u0301 de\u0301ja\u0300", "ÀÉÎÕÜ ŞİIı ẞß ñ Ñ å Å ø", "ệ e\u0323\u0302",
-    "日本語のテキスト", "中文 mixed 漢字abc字", "한국어 문장입니다", "русский ТЕКСТ Ёё", "ελληνικά ΣΑΣ", "العربية עברית",
-    "हिन्दी ไทย", "Emoji 😀👍🏽👩\u200d👩\u200d👧 end", "😀", "\U0001d400\U0001d401 \U00020000",
-    "it's don't we'll I'M they'Re", "1234567 3.14 1,000 ½ ² Ⅷ", "a_b-c/d\\e@f.com http://x.y?z=1&q",
-    "a\u00a0b\u3000c\u200bd\ufeffe\u00adf", "a\u2028b\u2029c", "\x01\x07 \x7f \ufffd x", "\ue000\U000f0000 private",
-    "“smart” ‘quotes’ — – … ′ 。、！？", "€ £ ¥ © ® ™ ﬁ ﬂ Ａｂｃ", "$+<=>^`|~", "foo##bar ##s", "İstanbul DŽ ǅ",
-    "antidisestablishmentarianism!!!???...", "[CLS] <s> </s> <pad> [SEP]", "x" * 100 + " y", "x" * 101 + " y",
-    "д" * 100, "д" * 101,
-)  # fmt: skip
-HARD_CHARACTERS = 0x3000  # every one below this is tried, and some above
+HARD_CHARACTERS = 0x3000  # of every tokenizer in a graph all below this are tried, some above
 
 
 def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
@@ -55,7 +44,7 @@ def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
         InputError: no such file, no sentences, or labels that are no indices.
     """
     if path is None:
-        text = resources.files("lora_export").joinpath("data/sentences.txt").read_text("utf-8")
+        text = _shipped("sentences.txt")
         return [line for line in text.splitlines() if line.strip()], []
     (file,) = files([path])
     try:
@@ -68,6 +57,10 @@ def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
     if not all(texts) or not texts:
         raise InputError(f"{file} holds no sentences, or an empty one")
     return texts, labels
+
+
+def _shipped(name: str) -> str:
+    return resources.files("lora_export").joinpath(f"data/{name}").read_text("utf-8")
 
 
 def files(paths: Iterable[Path]) -> list[Path]:
@@ -165,18 +158,23 @@ def hard_batches(tokens: Any, signature: Signature) -> tuple[Batch, ...]:
     kinds. NUL, at which onnxruntime ends a text, is left out; and U+0085, a control character that
     the byte-level BPE of onnxruntime-extensions takes for no white space.
     """
+    hard = json.loads(_shipped("hard_texts.json"))
     codes = [*range(1, HARD_CHARACTERS), *range(HARD_CHARACTERS, 0xD800, 101)]
     codes += range(0xE000, 0x20000, 101)
     signs = [f"a{chr(c)} {chr(c)}1{chr(c)}" for c in codes if c != 0x85]
     lines = [" ".join(signs[start : start + 4]) for start in range(0, len(signs), 4)]
-    own = [f"in{space}{token}{space}Xx{token}yy" for token in tokens.get_added_vocab() for space in ("", " ", "\n ")]
-    longest = ["good film " * count for count in (signature.max_length // 2 - 1, signature.max_length)]
-    # The last is a batch of its own.
-    texts = [*HARD, *own, *longest, *lines]
-    rest = -(len(texts) - 1) % TEXT_BATCH
-    texts += [HARD[0]] * rest + ["alone"]
-    batches = text_batches(tokens, signature, texts, ())
-    return tuple(replace(batch, source="hard") for batch in batches)
+    own = [
+        f"in{space}{token}{space}Xx{token}yy"
+        for token in tokens.get_added_vocab()
+        for space in ("", " ", "\n ")
+    ]
+    counts = (signature.max_length // 2 - 1, signature.max_length)
+    long = ["good film " * count for count in counts]
+    return tuple(
+        replace(batch, source="hard")
+        for texts in ([*hard, *own, *long, *lines], ["alone"])
+        for batch in text_batches(tokens, signature, texts, ())
+    )
 
 
 def picture_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:

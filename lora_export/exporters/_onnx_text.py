@@ -11,7 +11,6 @@ point is asked of the tokenizer, and stored in the file.
 
 import functools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_export import inputs
-from lora_export.errors import ExportFailed, InputError, listed
+from lora_export.errors import ExportFailed, InputError, first_line, listed
 from lora_export.exporters._onnx_graph import Model, Value
 from lora_export.records import LABEL, PROBABILITIES, TEXT, Batch, Signature
 from lora_export.runners.onnx import OnnxTextRunner, text_library
@@ -35,9 +34,12 @@ _MARK = "!"
 _SPACE = r"[\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}]"
 _OPSETS = f'["" : 20, "ai.onnx.ml" : 4, "{DOMAIN}" : 1]'
 
-# In: `text`. Out: the ids of all texts in a row, and where those of each begin and how many.
+# In: `text`. Out: `flat`, the ids of all texts in a row; `text_rows`, where those of each begin.
 # WordpieceTokenizer leaves what it found of a word before it gave up; so it is asked twice.
+# The shapes at its head are for onnx's shape inference, which crashes where LabelEncoder has none.
 _WORDPIECE = """
+<string[pieces] kept_pieces, string[parts] parts>
+{
     pieces, piece_begins, piece_ends, rows =
         ai.onnx.contrib.StringRegexSplitWithOffsets(text, pattern, pattern)
     spaced = ai.onnx.contrib.StringRegexReplace(pieces, apart, with_spaces)
@@ -72,26 +74,43 @@ _WORDPIECE = """
         ai.onnx.contrib.WordpieceTokenizer(known_words, no_rows)
     flat = ai.onnx.ml.LabelEncoder(parts)
     text_rows = Gather(part_rows, word_rows)
-    text_begins = Slice(text_rows, zero, minus_one)
-    text_ends = Slice(text_rows, one, end)
-    counts = Sub(text_ends, text_begins)
-    begins = Unsqueeze(text_begins, one)
 """
+# GPT2Tokenizer knows added tokens, but loses letters after what only begins like one: "<3".
 _BPE = """
-    trimmed = ai.onnx.contrib.StringRegexReplace(text, pattern, token_alone)
-    bare_ids, bare_mask = ai.onnx.contrib.GPT2Tokenizer(trimmed)
-    counts = ReduceSum<keepdims = 0>(bare_mask, one)
-    flat = Reshape(bare_ids, minus_one)
-    bare_batch = Shape<start = 0, end = 1>(bare_ids)
-    bare_width = Shape<start = 1, end = 2>(bare_ids)
-    texts_in_all = Squeeze(bare_batch)
-    row_numbers = Range(zero_alone, texts_in_all, one_alone)
-    row_begins = Mul(row_numbers, bare_width)
-    begins = Unsqueeze(row_begins, one)
+<string[pieces] pieces>
+{
+    trimmed = ai.onnx.contrib.StringRegexReplace(text, swallowing, token_alone)
+    pieces, piece_begins, piece_ends, rows =
+        ai.onnx.contrib.StringRegexSplitWithOffsets(trimmed, pattern, pattern)
+    added = ai.onnx.ml.LabelEncoder(pieces)
+    added_id = Unsqueeze(added, one)
+    is_added = GreaterOrEqual(added_id, zero)
+    bare_ids, bare_mask = ai.onnx.contrib.GPT2Tokenizer(pieces)
+    wide_ids = Pad(bare_ids, one_column)
+    wide_mask = Pad(bare_mask, one_column)
+    wide_shape = Shape(wide_mask)
+    piece_width = Gather(wide_shape, one_alone)
+    piece_columns = Range(zero_alone, piece_width, one_alone)
+    is_first = Less(piece_columns, one_alone)
+    first = Cast<to = 7>(is_first)
+    piece_ids = Where(is_added, added_id, wide_ids)
+    piece_mask = Where(is_added, first, wide_mask)
+    all_piece_ids = Reshape(piece_ids, minus_one)
+    whole_mask = Reshape(piece_mask, minus_one)
+    are_tokens = Cast<to = 9>(whole_mask)
+    flat = Compress(all_piece_ids, are_tokens)
+    piece_counts = ReduceSum<keepdims = 0>(piece_mask, one)
+    piece_sums = CumSum(piece_counts, zero_alone)
+    piece_rows = Concat<axis = 0>(zero, piece_sums)
+    text_rows = Gather(piece_rows, rows)
 """
 # Every place of the output is an index into all ids, followed by what is put around them: those
 # before, those after, the padding. `before` and `around` count them, `most` is left for the text.
 _AROUND = """
+    text_begins = Slice(text_rows, zero, minus_one)
+    text_ends = Slice(text_rows, one, end)
+    counts = Sub(text_ends, text_begins)
+    begins = Unsqueeze(text_begins, one)
     fitting = Min(counts, most)
     kept = Unsqueeze(fitting, one)
     ends = Add(kept, before)
@@ -115,16 +134,6 @@ _AROUND = """
     is_attended = Less(columns, lengths)
     attention_mask = Cast<to = 7>(is_attended)
     token_type_ids = Mul(attention_mask, zero)
-"""
-_DECIDED = f"""
-<ir_version: 10, opset_import: {_OPSETS}>
-decided (float[batch, classes] logits)
-    => (string[batch] {LABEL}, float[batch, classes] {PROBABILITIES})
-{{
-    {PROBABILITIES} = Softmax<axis = -1>(logits)
-    chosen = ArgMax<axis = -1, keepdims = 0>(logits)
-    {LABEL} = Gather<axis = 0>(names, chosen)
-}}
 """
 _CONSTANTS: dict[str, Any] = {
     "zero": [0],
@@ -151,9 +160,12 @@ def refuse(signature: Signature, tokens: Any, *, external_data: bool) -> None:
             "a model that writes goes on from its own tokens, and takes no text in every step"
             + ("; --no-cache exports one call" if signature.has_cache else "")
         )
-    if any("choices" in spec.axes for spec in signature.inputs) or names - {*_IDS}:
+    outputs = {spec.name for spec in signature.outputs}
+    choices = any("choices" in spec.axes for spec in signature.inputs)
+    if choices or "start_logits" in outputs or names - {*_IDS}:
         raise InputError(
-            "the graph makes one sequence of one text: pairs of texts and choices are not written"
+            "the graph makes one sequence of one text; pairs of a question and a context, and "
+            "choices, are not written"
         )
     if external_data:
         raise InputError("what takes text is one file: --text goes without --external-data")
@@ -188,7 +200,7 @@ def tokenizer(tokens: Any, signature: Signature) -> Model:
     outputs = ", ".join(f"int64[batch, sequence] {spec.name}" for spec in signature.inputs)
     return _graph(
         f"<ir_version: 10, opset_import: {_OPSETS}>\n"
-        f"tokenizer (string[batch] {TEXT}) => ({outputs})\n{{{body}{_AROUND}}}",
+        f"tokenizer (string[batch] {TEXT}) => ({outputs}){body}{_AROUND}}}",
         constants,
         attributes,
     )
@@ -203,7 +215,7 @@ def compose(model: Model, tokenizer: Model, signature: Signature) -> None:
         old.replace_all_uses_with(made[old.name])
     graph.inputs[:] = texts
     if signature.labels:
-        decided = _graph(_DECIDED, {"names": list(signature.labels)}, {})
+        decided = _decided(signature.labels)
         ((logits,), outputs) = _graft(model, decided, first=False)
         scores = next(value for value in graph.outputs if value.name == logits.name)
         logits.replace_all_uses_with(scores)
@@ -212,16 +224,40 @@ def compose(model: Model, tokenizer: Model, signature: Signature) -> None:
     model.opset_imports.update(tokenizer.opset_imports)
 
 
+def _decided(labels: Sequence[str]) -> Model:
+    """Return the graph from logits to the name of the best class, and to all probabilities."""
+    scores = f"float[batch, {len(labels)}]"
+    return _graph(
+        f"<ir_version: 10, opset_import: {_OPSETS}>\n"
+        f"decided ({scores} logits) => (string[batch] {LABEL}, {scores} {PROBABILITIES})\n"
+        "{"
+        f"""
+    {PROBABILITIES} = Softmax<axis = -1>(logits)
+    chosen = ArgMax<axis = -1, keepdims = 0>(logits)
+    {LABEL} = Gather<axis = 0>(names, chosen)
+"""
+        "}",
+        {"names": list(labels)},
+        {},
+    )
+
+
 def prove(path: Path, tokens: Any, signature: Signature) -> None:
     """Try the file at `path` on texts made to find faults, and on the sentences of this package.
 
     Raises:
-        ExportFailed: ids or mask are not those of `tokens`; the message lists such texts.
+        ExportFailed: ids or mask are not those of `tokens`, and the message lists such texts; or
+            the file cannot be opened.
     """
-    runner = open_runner(path, 1)
     sentences = inputs.text_batches(tokens, signature, *inputs.read_texts(None))
     batches = (*inputs.hard_batches(tokens, signature), *sentences)
-    if wrong := [text for batch in batches for text in differing(runner, batch)]:
+    try:
+        runner = open_runner(path, 1)
+        wrong = [text for batch in batches for text in differing(runner, batch)]
+    except Exception as error:  # onnxruntime's own class of errors is a plain Exception
+        why = first_line(error)
+        raise ExportFailed(f"the graph with the tokenizer inside does not run: {why}") from error
+    if wrong:
         raise ExportFailed(
             listed(
                 f"the tokenizer in the graph differs from {type(tokens).__name__} in {len(wrong)} "
@@ -374,7 +410,9 @@ def _wordpiece(backend: Any, stated: Mapping[str, Any]) -> tuple[str, dict[str, 
     # Runs of what stays as it is are one piece, as far as no added token begins in them.
     plain = _not_in({*images, *(token[0] for token in added)})
     constants = {
-        "pattern": [f"({''.join(f'{_literal(t)}|' for t in _longest_first(added))}{plain}+|(?s:.))"],
+        "pattern": [
+            f"({''.join(f'{_literal(t)}|' for t in _longest_first(added))}{plain}+|(?s:.))"
+        ],
         "apart": [f"^({_in(apart)})$"],
         "with_spaces": [r" \1 "],
         "removed": [f"^{_in(removed)}$"],
@@ -451,15 +489,26 @@ def _bpe(backend: Any, stated: Mapping[str, Any]) -> tuple[str, dict[str, Any], 
         )
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     added = stated["added_tokens"]
-    pattern, replacement = _trimming(added)
+    swallowing, alone = _trimming(added)
+    ids = {token["content"]: token["id"] for token in added} or {"": -1}
     attributes = {
         "bare_ids": {
             "vocab": json.dumps(model["vocab"]),
             "merges": "\n".join(merges),
-            "added_token": "\n".join(f"{t['content']}={t['id']}" for t in added),
-        }
+        },
+        "added": {
+            "keys_strings": list(ids),
+            "values_int64s": list(ids.values()),
+            "default_int64": -1,
+        },
     }
-    return _BPE, {"pattern": [pattern], "token_alone": [replacement]}, attributes
+    constants = {
+        "swallowing": [swallowing],
+        "token_alone": [alone],
+        "pattern": [f"({'|'.join(map(_literal, _longest_first(ids)))})" if added else _in(())],
+        "one_column": [0, 0, 0, 1],
+    }
+    return _BPE, constants, attributes
 
 
 def _trimming(added: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -469,7 +518,9 @@ def _trimming(added: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     for number, (left, right) in enumerate(sorted(sides - {(False, False)}), 1):
         names = [t["content"] for t in added if (t["lstrip"], t["rstrip"]) == (left, right)]
         found = "|".join(_literal(name) for name in _longest_first(names))
-        parts.append(f"{_SPACE + '*' * left if left else ''}({found}){_SPACE + '*' if right else ''}")
+        parts.append(
+            f"{_SPACE + '*' * left if left else ''}({found}){_SPACE + '*' if right else ''}"
+        )
         groups.append(f"\\{number}")
     return "|".join(parts) or _in(()), "".join(groups)
 
@@ -483,7 +534,7 @@ def _literal(text: str) -> str:
 
 
 def _in(characters: Iterable[str]) -> str:
-    """Return the RE2 expression for one of `characters`; one that never fits where there is none."""
+    """Return the RE2 expression for one of `characters`; it never fits where there are none."""
     return f"[{_ranges(characters)}]" if characters else r"[^\x{0}-\x{10FFFF}]"
 
 

@@ -63,7 +63,9 @@ def export(request: Request) -> None:
             size = sum(v.const_value.nbytes for v in graph.graph.initializers.values())
             if tokenizer is not None:
                 if size > LARGE:
-                    raise ExportFailed("ONNX: the model is too large for one file, as text needs it")
+                    raise ExportFailed(
+                        "ONNX: the model is too large for one file, as text needs it"
+                    )
                 _onnx_text.compose(graph, tokenizer, signature)
             if form.external_data or size > LARGE:
                 ir.save(graph, path, external_data=f"{path.name}.data")
