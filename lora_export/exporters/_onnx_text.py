@@ -281,25 +281,36 @@ def differing(runner: OnnxTextRunner, batch: Batch) -> list[str]:
 
 def open_runner(path: Path, threads: int) -> OnnxTextRunner:
     """Return a runner for the file at `path`, and for its two parts."""
-    return OnnxTextRunner(path, threads, functools.partial(_parts, path))
+    return OnnxTextRunner(
+        path, threads, functools.partial(_front, path), functools.partial(_back, path)
+    )
 
 
-def _parts(path: Path) -> tuple[bytes, bytes]:
-    """Return the two models that the file at `path` consists of: up to the ids, and from there."""
-    front, back = ir.load(str(path)), ir.load(str(path))
-    ids = {value.name: value for value in _made(front) if value.name in _IDS}
-    front.graph.outputs[:] = list(ids.values())
-    graph = back.graph
+def _front(path: Path) -> bytes:
+    """Return the model up to the token ids that is in the file at `path`."""
+    model = ir.load(str(path))
+    model.graph.outputs[:] = [value for value in _made(model) if value.name in _IDS]
+    return _cut(model)
+
+
+def _back(path: Path) -> bytes:
+    """Return the model from the token ids on that is in the file at `path`."""
+    model = ir.load(str(path))
+    graph = model.graph
     graph.inputs.clear()
-    for value in [value for value in _made(back) if value.name in ids]:
+    for value in [value for value in _made(model) if value.name in _IDS]:
         given = ir.val(value.name, dtype=ir.DataType.INT64, shape=ir.Shape(["batch", "sequence"]))
         value.name = f"{TEXT}.{value.name}"
         value.replace_all_uses_with(given)
         graph.inputs.append(given)
     graph.outputs[:] = [v for v in graph.outputs if v.name not in (LABEL, PROBABILITIES)]
-    for model in (front, back):
-        RemoveUnusedNodesPass()(model)
-    return ir.to_proto(front).SerializeToString(), ir.to_proto(back).SerializeToString()
+    return _cut(model)
+
+
+def _cut(model: Model) -> bytes:
+    RemoveUnusedNodesPass()(model)
+    found: bytes = ir.to_proto(model).SerializeToString()
+    return found
 
 
 def _made(model: Model) -> list[Value]:

@@ -47,22 +47,27 @@ class OnnxRunner:
 class OnnxTextRunner(OnnxRunner):
     """Runs a graph with the tokenizer inside: on texts, and on token ids from behind it.
 
-    `parts` gives the two models that the file consists of, up to the ids and from there; they are
-    opened when they are first asked for.
+    `front` and `back` give the two models that the file consists of, up to the ids and from there;
+    each is opened when it is first asked for.
     """
 
-    def __init__(self, path: Path, threads: int, parts: Callable[[], tuple[bytes, bytes]]) -> None:
+    def __init__(
+        self, path: Path, threads: int, front: Callable[[], bytes], back: Callable[[], bytes]
+    ) -> None:
         super().__init__(path, threads, text_library())
-        self._threads, self._parts = threads, parts
+        self._threads, self._front, self._back = threads, front, back
 
     @functools.cached_property
-    def _opened(self) -> tuple[OnnxRunner, OnnxRunner]:
-        front, back = self._parts()
-        return OnnxRunner(front, self._threads, text_library()), OnnxRunner(back, self._threads)
+    def _tokenizer(self) -> OnnxRunner:
+        return OnnxRunner(self._front(), self._threads, text_library())
+
+    @functools.cached_property
+    def _model(self) -> OnnxRunner:
+        return OnnxRunner(self._back(), self._threads)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the named outputs for a text; for token ids, what the model behind answers."""
-        return super().run(inputs) if TEXT in inputs else self._opened[1].run(inputs)
+        return super().run(inputs) if TEXT in inputs else self._model.run(inputs)
 
     def read(self, texts: Sequence[str]) -> dict[str, Array]:
         """Return all outputs for `texts`."""
@@ -70,7 +75,7 @@ class OnnxTextRunner(OnnxRunner):
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Array]:
         """Return the token ids that the graph makes of `texts`, and the mask with them."""
-        return self._opened[0].run({TEXT: np.array(texts, object)})
+        return self._tokenizer.run({TEXT: np.array(texts, object)})
 
     def answer(self, texts: Sequence[str]) -> dict[str, Array]:
         """Return what the model answers to `texts`, without what is made of it afterwards."""
