@@ -413,13 +413,16 @@ def _wordpiece(backend: Any, stated: Mapping[str, Any]) -> tuple[str, dict[str, 
             "graph is made of BertPreTokenizer only"
         )
     images = _images(_Words(backend))
-    apart = [c for c, image in images.items() if image == f" {c} "]
-    removed = [c for c, image in images.items() if not image]
-    others = {c: v for c, v in images.items() if v not in ("", f" {c} ")}
+    # The operators compile expressions in every call: short ones, for what comes in long runs.
+    apart = _long_runs(c for c, image in images.items() if image == f" {c} ")
+    removed = _long_runs(c for c, image in images.items() if not image)
+    in_runs = {chr(code) for run in (*apart, *removed) for code in run}
+    others = {c: image for c, image in images.items() if c not in in_runs}
     others |= {token: f" {_MARK}{token} " for token in added}
     ids = {**model["vocab"], **{f"{_MARK}{t['content']}": t["id"] for t in stated["added_tokens"]}}
-    # Runs of what stays as it is are one piece, as far as no added token begins in them.
-    plain = _not_in({*images, *(token[0] for token in added)})
+    # A run of letters that stay as they are is one piece, where no added token begins in it.
+    taken = {*images, *(token[0] for token in added)}
+    plain = _in(_runs(chr(code) for code in range(1, 128) if chr(code) not in taken))
     constants = {
         "pattern": [
             f"({''.join(f'{_literal(t)}|' for t in _longest_first(added))}{plain}+|(?s:.))"
@@ -544,20 +547,22 @@ def _literal(text: str) -> str:
     return "".join(f"\\x{{{ord(c):X}}}" for c in text)
 
 
-def _in(characters: Iterable[str]) -> str:
-    """Return the RE2 expression for one of `characters`; it never fits where there are none."""
-    return f"[{_ranges(characters)}]" if characters else r"[^\x{0}-\x{10FFFF}]"
+def _in(runs: Iterable[range]) -> str:
+    """Return the RE2 expression for a character in `runs`; it never fits where there are none."""
+    found = "".join(f"\\x{{{run[0]:X}}}-\\x{{{run[-1]:X}}}" for run in runs)
+    return f"[{found}]" if found else r"[^\x{0}-\x{10FFFF}]"
 
 
-def _not_in(characters: Iterable[str]) -> str:
-    return f"[^{_ranges(characters)}]"
+def _long_runs(characters: Iterable[str]) -> list[range]:
+    return [run for run in _runs(characters) if len(run) >= _BLOCK]
 
 
-def _ranges(characters: Iterable[str]) -> str:
-    ranges: list[list[int]] = []
+def _runs(characters: Iterable[str]) -> list[range]:
+    """Return the code points of `characters` as ranges."""
+    found: list[range] = []
     for code in sorted(map(ord, characters)):
-        if ranges and ranges[-1][1] == code - 1:
-            ranges[-1][1] = code
+        if found and found[-1].stop == code:
+            found[-1] = range(found[-1].start, code + 1)
         else:
-            ranges.append([code, code])
-    return "".join(f"\\x{{{first:X}}}-\\x{{{last:X}}}" for first, last in ranges)
+            found.append(range(code, code + 1))
+    return found
