@@ -292,6 +292,7 @@ def interface_of(
             f"{type(model).__name__} takes {model.main_input_name}; only models that take token "
             "ids or pixel values are exported"
         )
+    signature = replace(signature, labels=_labels(model))
     blank = Interface(signature, kind, pooling)
     return replace(blank, signature=replace(signature, outputs=_outputs(blank, model)))
 
@@ -331,6 +332,19 @@ def _of_texts(model: nn.Module, tokens: Any) -> Signature:
         int(tokens.pad_token_id),
         start or 0,
     )
+
+
+def _labels(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the classes where `model` chooses one of several for a whole text."""
+    config: Any = model.config
+    if (
+        models.takes_pictures(model)
+        or not type(model).__name__.endswith("ForSequenceClassification")
+        or config.problem_type not in (None, "single_label_classification")
+        or len(config.id2label) < 2
+    ):
+        return ()
+    return tuple(str(config.id2label[index]) for index in sorted(config.id2label))
 
 
 def _writes(model: nn.Module) -> bool:

@@ -1,8 +1,10 @@
 """What the models are run on: real sentences, and a grid of shapes made to find faults."""
 
 import csv
+import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ GRID = (
 )  # fmt: skip
 EXAMPLE = (2, 7, "right")
 TIMED = ((1, 32), (8, 32))  # (batch, length) of the latency measurement
+HARD_CHARACTERS = 0x3000  # of every tokenizer in a graph all below this are tried, some above
 
 
 def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
@@ -41,7 +44,7 @@ def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
         InputError: no such file, no sentences, or labels that are no indices.
     """
     if path is None:
-        text = resources.files("lora_export").joinpath("data/sentences.txt").read_text("utf-8")
+        text = _shipped("sentences.txt")
         return [line for line in text.splitlines() if line.strip()], []
     (file,) = files([path])
     try:
@@ -54,6 +57,10 @@ def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
     if not all(texts) or not texts:
         raise InputError(f"{file} holds no sentences, or an empty one")
     return texts, labels
+
+
+def _shipped(name: str) -> str:
+    return resources.files("lora_export").joinpath(f"data/{name}").read_text("utf-8")
 
 
 def files(paths: Iterable[Path]) -> list[Path]:
@@ -142,6 +149,32 @@ def text_batches(
         kept = tuple(labels[start : start + TEXT_BATCH])
         batches.append(Batch("text", note, arrays, tuple(chosen), kept))
     return tuple(batches)
+
+
+def hard_batches(tokens: Any, signature: Signature) -> tuple[Batch, ...]:
+    """Return texts made to find what a copy of the tokenizer `tokens` does otherwise.
+
+    Among them are its own special tokens, texts longer than the model takes, and characters of all
+    kinds. NUL, at which onnxruntime ends a text, is left out; and U+0085, a control character that
+    the byte-level BPE of onnxruntime-extensions takes for no white space.
+    """
+    hard = json.loads(_shipped("hard_texts.json"))
+    codes = [*range(1, HARD_CHARACTERS), *range(HARD_CHARACTERS, 0xD800, 101)]
+    codes += range(0xE000, 0x20000, 101)
+    signs = [f"a{chr(c)} {chr(c)}1{chr(c)}" for c in codes if c != 0x85]
+    lines = [" ".join(signs[start : start + 4]) for start in range(0, len(signs), 4)]
+    own = [
+        f"in{space}{token}{space}Xx{token}yy"
+        for token in tokens.get_added_vocab()
+        for space in ("", " ", "\n ")
+    ]
+    counts = (signature.max_length // 2 - 1, signature.max_length)
+    long = ["good film " * count for count in counts]
+    return tuple(
+        replace(batch, source="hard")
+        for texts in ([*hard, *own, *long, *lines], ["alone"])
+        for batch in text_batches(tokens, signature, texts, ())
+    )
 
 
 def picture_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:

@@ -193,8 +193,18 @@ def export_file(
         say(f"comparing on {inputs.summary(batches)}")
         runner = stages.open_runners({name: artifact}, path.parent, threads)[name]
         evidence = stages.with_artifact(
-            stages.merged_evidence(subject, batches), artifact, runner, path.parent, measured=cost
+            stages.merged_evidence(subject, batches),
+            artifact,
+            runner,
+            path.parent,
+            measured=cost,
+            replies=stages.replies(subject, runner, batches) if wanted.text else (),
         )
         digests = (*storage.digest_tree(source), *map(storage.digest, inputs.files(given)))
-        settings = {"seed": seed, "inputs": inputs.summary(batches), **vars(wanted)}
+        settings: dict[str, Any] = {"seed": seed, "inputs": inputs.summary(batches), **vars(wanted)}
+        if wanted.text:
+            settings["notes"] = [
+                "sentences went in as text; shapes, which no text has, as token ids behind the "
+                "tokenizer of the same file"
+            ]
         return certify(evidence, checks.EXPORT, command, digests, settings, threads)

@@ -5,7 +5,7 @@ Shapes are written in plain letters: `in`, `out`, `rank`, `batch`, `sequence`, `
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -163,6 +163,8 @@ class Reading:
 
 # Of keys and values that go in and come out, in front of layer and part; as optimum names them.
 PAST, PRESENT = "past_key_values", "present"
+# What an artifact with the tokenizer inside takes, and what a classifier of texts then gives.
+TEXT, LABEL, PROBABILITIES = "text", "label", "probabilities"
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class TensorSpec:
     """Name, dtype and axes of one input or output; a string axis is dynamic."""
 
     name: str
-    dtype: str  # numpy's name: int64, float32
+    dtype: str  # numpy's name, int64 or float32; or string
     axes: tuple[str | int, ...]
 
     @property
@@ -194,6 +196,20 @@ class Signature:
     vocab_size: int
     pad_token_id: int
     start_token_id: int = 0  # what the decoder of an encoder-decoder begins with
+    labels: tuple[str, ...] = ()  # where the logits choose one class for each text
+
+    @property
+    def of_text(self) -> "Signature":
+        """The inputs and outputs of the same model with its tokenizer inside."""
+        decided = (
+            TensorSpec(LABEL, "string", ("batch",)),
+            TensorSpec(PROBABILITIES, "float32", ("batch", len(self.labels))),
+        )
+        return replace(
+            self,
+            inputs=(TensorSpec(TEXT, "string", ("batch",)),),
+            outputs=(*(decided if self.labels else ()), *self.outputs),
+        )
 
     def sizes(self, arrays: Mapping[str, Array]) -> dict[str, int]:
         """Return the length of every dynamic axis, as the input `arrays` have it."""
@@ -261,6 +277,11 @@ class Artifact:
         return (*self.files, *self.beside)
 
     @property
+    def takes_text(self) -> bool:
+        """Whether the tokenizer is inside."""
+        return any(spec.name == TEXT for spec in self.inputs)
+
+    @property
     def is_reduced(self) -> bool:
         """Whether it is in less than single precision, and judged by its decisions."""
         return self.precision != "fp32"
@@ -278,6 +299,7 @@ class Form:
     optimize: bool = True  # rewrite the graph for speed, at equal precision
     external_data: bool = False  # the weights in a file of their own
     target: str = "native"  # the processors that it is for
+    text: bool = False  # the tokenizer inside: text goes in
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -303,6 +325,17 @@ class Batch:
     def mask(self) -> Array:
         """The attention mask, (batch, sequence), one where a token counts."""
         return self.arrays["attention_mask"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an artifact with the tokenizer inside made of some texts."""
+
+    texts: tuple[str, ...]
+    expected: Mapping[str, Array]  # token ids and mask, as the tokenizer itself gives them
+    found: Mapping[str, Array]  # as they are inside the artifact
+    labels: tuple[str, ...] = ()  # what came out, where it was asked for
+    answers: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -396,6 +429,7 @@ class Evidence:
     batches: tuple[Batch, ...] = ()
     recordings: Mapping[str, Recording] = field(default_factory=dict)
     timings: tuple[Timing, ...] = ()
+    replies: tuple[Reply, ...] = ()  # of an artifact that takes text
     floor: str = "unmerged"  # the recording whose distance from the reference is the noise floor
     files: tuple[FileDigest, ...] = ()  # of the outputs, as they were when recorded
     files_now: tuple[FileDigest, ...] = ()  # of the same files, read again when judged

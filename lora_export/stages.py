@@ -27,6 +27,7 @@ from lora_export.judging import digests_now
 from lora_export.opening import Job
 from lora_export.records import (
     IDLE,
+    LABEL,
     MERGED,
     PLAIN,
     REFERENCE,
@@ -38,10 +39,12 @@ from lora_export.records import (
     FileDigest,
     Form,
     Recording,
+    Reply,
     Signature,
 )
 from lora_export.runners import Runner
 from lora_export.runners.eager import EagerRunner
+from lora_export.runners.onnx import OnnxTextRunner
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ def export_stage(
         known = about(subject) | {registry.PRECISION: json.dumps(form.precision)}
         runs = calibration(subject, examples) if form.precision in registry.CALIBRATED else ()
         exporter.export(
-            exporters.Request(model, subject.signature, example, known, path, form, runs)
+            exporters.Request(
+                model, subject.signature, example, known, path, form, runs, subject.tokens
+            )
         )
     beside = folder / (f"{file}.tokenizer" if file else "tokenizer")
     return replace(
@@ -211,10 +216,29 @@ def real_batches(
 
 
 def record(runner: Runner, batches: Iterable[Batch]) -> Recording:
-    """Return what `runner` answers on `batches`."""
-    return Recording(
-        runner.name, runner.precision, tuple(runner.run(batch.arrays) for batch in batches)
-    )
+    """Return what `runner` answers on `batches`: to texts, where it takes them."""
+
+    def answer(batch: Batch) -> Mapping[str, Array]:
+        if isinstance(runner, OnnxTextRunner) and batch.texts:
+            return runner.answer(batch.texts)
+        return runner.run(batch.arrays)
+
+    return Recording(runner.name, runner.precision, tuple(map(answer, batches)))
+
+
+def replies(subject: Subject, runner: Runner, batches: Iterable[Batch]) -> tuple[Reply, ...]:
+    """Return what an artifact that takes text makes of hard texts, and of those of `batches`."""
+    assert isinstance(runner, OnnxTextRunner)
+    found = []
+    for batch in (*inputs.hard_batches(subject.tokens, subject.signature), *batches):
+        if not batch.texts:
+            continue
+        answers = runner.read(batch.texts) if batch.source == "text" else {}
+        labels = tuple(map(str, answers.pop(LABEL, ())))
+        made = runner.tokenize(batch.texts)
+        expected = {name: batch.arrays[name] for name in made}
+        found.append(Reply(batch.texts, expected, made, labels, answers))
+    return tuple(found)
 
 
 def merged_evidence(subject: Subject, batches: tuple[Batch, ...]) -> Evidence:

@@ -22,6 +22,7 @@ from lora_export.records import (
     Measurement,
     Modules,
     Recording,
+    Reply,
     Signature,
     Status,
     TensorSpec,
@@ -155,6 +156,22 @@ def evidence(**changes):
 def reduced(**changes):
     """The same, of an artifact in eight bits."""
     return evidence(artifacts=(dataclasses.replace(artifact(), precision="int8"),), **changes)
+
+
+def reading(**changes):
+    """The same, of an artifact with the tokenizer inside, and of what it made of the sentences."""
+    classes = ("negative", "positive")
+    known = signature(labels=classes)
+    own = artifact(inputs=known.of_text.inputs, outputs=known.of_text.outputs)
+    text, ids = batches()[0], {"input_ids": MASKS[0] * 7, "attention_mask": MASKS[0]}
+    logits = LOGITS[0].astype(np.float32)
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = tuple(classes[index] for index in logits.argmax(-1))
+    hard = Reply(("", "é"), {"input_ids": MASKS[1]}, {"input_ids": MASKS[1]})
+    answers = {"logits": logits, "probabilities": shares.astype(np.float32)}
+    replies = (hard, Reply(text.texts, ids, ids, chosen, answers))
+    more = {"signature": known, "artifacts": (own,), "replies": replies}
+    return evidence(**{**more, **changes})
 
 
 def per_token():

@@ -23,6 +23,7 @@ ORDER = [
 HOMES = {
     "onnx": {"exporters/onnx.py", "exporters/_onnx_translate.py"},
     "onnxruntime": {"runners/onnx.py"},
+    "onnxruntime_extensions": {"runners/onnx.py"},
     "openvino": {"runners/openvino.py"},
     "transformers": {"models.py", "calling.py", "resolving.py", "lora.py"},
     "huggingface_hub": {"bases.py"},

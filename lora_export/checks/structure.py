@@ -12,7 +12,8 @@ def judge(evidence: Evidence) -> list[Verdict]:
     """Fail on a name, dtype or axis that differs, an old opset, or a path of this machine."""
     if evidence.signature is None or not evidence.artifacts:
         return [checks.not_run("structure", "artifacts", "no artifact was recorded")]
-    return [_judge(artifact, evidence.signature) for artifact in evidence.artifacts]
+    asked = evidence.signature
+    return [_judge(a, asked.of_text if a.takes_text else asked) for a in evidence.artifacts]
 
 
 def _judge(artifact: Artifact, signature: Signature) -> Verdict:

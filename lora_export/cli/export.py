@@ -36,6 +36,12 @@ _external_data = click.option(
     is_flag=True,
     help="Weights in a file of their own, OUT.data (onnx; always so above 1.5 GB).",
 )
+_text = click.option(
+    "--text",
+    is_flag=True,
+    help="Put the tokenizer into the graph: texts go in; of a classifier, labels come out (onnx; "
+    "needs the extra `text`).",
+)
 _precision = click.option(
     "--precision",
     type=click.Choice(registry.PRECISIONS),
@@ -74,6 +80,7 @@ def _with_options(function: Any) -> Any:
         _shared.overwrite_option,
         _shared.seed_option,
         _shared.cache_option,
+        _text,
         _external_data,
         _optimize,
         _target,

@@ -50,6 +50,7 @@ class Request:
         path: File to write.
         form: Precision, and what else can be chosen.
         calibration: Inputs of real texts or pictures, to choose by what to keep in full precision.
+        tokens: The tokenizer; None for a model of pictures.
     """
 
     model: "nn.Module"
@@ -59,6 +60,7 @@ class Request:
     path: Path
     form: Form = PLAIN
     calibration: Sequence[Mapping[str, Array]] = ()
+    tokens: Any = None
 
 
 @dataclass(frozen=True)

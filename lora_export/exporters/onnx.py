@@ -19,6 +19,8 @@ from lora_export.exporters import (
     Request,
     _onnx_choose,
     _onnx_speed,
+    _onnx_text,
+    _onnx_tokenizer,
     _onnx_translate,
 )
 from lora_export.exporters._onnx_graph import Model
@@ -33,6 +35,7 @@ OPTIONS = {
     "optimize": PRECISIONS,
     "static": ("int8",),
     "target": ("int8",),
+    "text": PRECISIONS,
 }
 # Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
 OPSET = 20
@@ -45,14 +48,23 @@ def export(request: Request) -> None:
     """Write the model, every string axis of the signature dynamic.
 
     Raises:
-        ExportFailed: torch cannot export the model.
+        InputError: text is to go in, and there is no such graph of the tokenizer or the model.
+        ExportFailed: torch cannot export the model; or the tokenizer in the graph is not exact.
     """
-    graph, form, path = graph_of(request), request.form, request.path
+    signature, form, path = request.signature, request.form, request.path
+    tokenizer = _tokenizer(request) if form.text else None
+    graph = graph_of(request)
     if form.precision in registry.CALIBRATED:
         graph.metadata_props.update(_onnx_choose.narrow(graph, form, request.calibration))
+    if tokenizer is not None:
+        _onnx_text.compose(graph, tokenizer, signature)
     _onnx_translate.save(graph, path, apart=form.external_data)
     if (data := path.with_name(f"{path.name}.data")).is_file():
+        if form.text:
+            raise ExportFailed("ONNX: the model is too large for one file, as text needs it")
         _tie(path, data)
+    if form.text:
+        _onnx_text.prove(path, request.tokens, signature)
 
 
 def graph_of(request: Request) -> Model:
@@ -77,6 +89,13 @@ def graph_of(request: Request) -> Model:
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportFailed(f"ONNX: {first_line(error.__cause__ or error)}") from error
     return graph
+
+
+def _tokenizer(request: Request) -> Model:
+    """Return the graph of the tokenizer, made before the model is: it may be none."""
+    external = request.form.external_data
+    _onnx_text.refuse(request.signature, request.tokens, external_data=external)
+    return _onnx_tokenizer.tokenizer(request.tokens, request.signature)
 
 
 def inspect(path: Path) -> Contents:
@@ -114,9 +133,16 @@ def open_runner(path: Path, threads: int) -> OnnxRunner:
     """Return a runner for the file at `path`.
 
     Raises:
-        ExportFailed: its weights lie in another file that is not the one that was written with it.
+        InputError: the tokenizer is inside, and what runs it is not installed.
+        ExportFailed: onnxruntime cannot open it, or its weights lie in another file that is not the
+            one that was written with it.
     """
-    runner = OnnxRunner(path, threads)
+    try:
+        runner = OnnxRunner(path, threads)
+    except ExportFailed as error:
+        if _onnx_tokenizer.DOMAIN not in str(error):
+            raise
+        return _onnx_text.open_runner(path, threads)
     _refuse_other_data(path, (), runner.metadata)
     return runner
 
@@ -181,6 +207,8 @@ def _allow_nothing(model: Any) -> None:
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
     axes = tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
+    if kind.elem_type == onnx.TensorProto.STRING:  # numpy calls it an object
+        return TensorSpec(value.name, "string", axes)
     return TensorSpec(value.name, str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)), axes)
 
 

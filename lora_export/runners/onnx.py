@@ -1,14 +1,18 @@
 """An ONNX file, run by onnxruntime on the CPU."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 
 from lora_export import registry
-from lora_export.errors import ExportFailed, first_line
-from lora_export.records import Array
+from lora_export.errors import ExportFailed, InputError, first_line
+from lora_export.records import LABEL, PROBABILITIES, TEXT, Array
+
+EXTRA = "pip install 'lora-export[text]'"
 
 
 class OnnxRunner:
@@ -16,20 +20,25 @@ class OnnxRunner:
 
     name = "onnx"
 
-    def __init__(self, model: Path, threads: int) -> None:
-        """Open the file `model`; raises `ExportFailed` where onnxruntime cannot."""
+    def __init__(self, model: Path | bytes, threads: int, library: str = "") -> None:
+        """Open the file or the bytes `model`; raises `ExportFailed` where onnxruntime cannot."""
         options = onnxruntime.SessionOptions()
+        if library:
+            options.register_custom_ops_library(library)
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(
-                str(model), options, providers=["CPUExecutionProvider"]
+                model if isinstance(model, bytes) else str(model),
+                options,
+                providers=["CPUExecutionProvider"],
             )
         except Exception as error:  # onnxruntime's own kinds have no class in common
+            name = "the graph" if isinstance(model, bytes) else model.name
             raise ExportFailed(
-                f"{model.name} cannot be opened by onnxruntime: {first_line(error)}"
+                f"{name} cannot be opened by onnxruntime: {first_line(error)}"
             ) from error
         self.outputs = [node.name for node in self.session.get_outputs()]
         self.metadata = self.session.get_modelmeta().custom_metadata_map
@@ -40,3 +49,51 @@ class OnnxRunner:
         """Return the named outputs for named inputs."""
         values = self.session.run(self.outputs, dict(inputs))
         return dict(zip(self.outputs, values, strict=True))
+
+
+class OnnxTextRunner(OnnxRunner):
+    """Runs a graph with the tokenizer inside: on texts, and on token ids from behind it.
+
+    `front` and `back` give the two models that the file consists of, up to the ids and from there;
+    each is opened when it is first asked for.
+    """
+
+    def __init__(
+        self, path: Path, threads: int, front: Callable[[], bytes], back: Callable[[], bytes]
+    ) -> None:
+        super().__init__(path, threads, text_library())
+        self._threads, self._front, self._back = threads, front, back
+
+    @functools.cached_property
+    def _tokenizer(self) -> OnnxRunner:
+        return OnnxRunner(self._front(), self._threads, text_library())
+
+    @functools.cached_property
+    def _model(self) -> OnnxRunner:
+        return OnnxRunner(self._back(), self._threads)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the named outputs for a text; for token ids, what the model behind answers."""
+        return super().run(inputs) if TEXT in inputs else self._model.run(inputs)
+
+    def read(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Return all outputs for `texts`."""
+        return self.run({TEXT: np.array(texts, object)})
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Return the token ids that the graph makes of `texts`, and the mask with them."""
+        return self._tokenizer.run({TEXT: np.array(texts, object)})
+
+    def answer(self, texts: Sequence[str]) -> dict[str, Array]:
+        """Return what the model answers to `texts`, without what is made of it afterwards."""
+        found = self.read(texts)
+        return {name: found[name] for name in found if name not in (LABEL, PROBABILITIES)}
+
+
+def text_library() -> str:
+    """Return the library of operators on text; raises `InputError` where it is not installed."""
+    try:
+        import onnxruntime_extensions
+    except ImportError as error:
+        raise InputError(f"onnxruntime-extensions is not installed; {EXTRA}") from error
+    return str(onnxruntime_extensions.get_library_path())
