@@ -11,14 +11,14 @@ from lora_export.records import Verdict
 
 ORDER_REASON = (
     "all cores before fewer; what is only written before what is compiled (aoti) or searched for "
-    "sensitive layers (int8), which takes the time of several others; narrow weights before wide "
-    "ones, because a CPU waits for memory; runtimes that rewrite the graph before those that run "
-    "it operator by operator"
+    "sensitive layers (int8, int4), which takes the time of several others; narrow weights before "
+    "wide ones, because a CPU waits for memory; runtimes that rewrite the graph before those that "
+    "run it operator by operator"
 )
 # A name that is not here, such as that of an exporter that was dropped in, comes last.
-PRECISION_ORDER = ("int8", "bf16", "fp32", "fp16")
+PRECISION_ORDER = ("int8", "bf16", "fp32", "fp16", "int4")
 FORMAT_ORDER = ("onnx", "openvino", "aoti", "torchscript", "pt2")
-SLOWLY_WRITTEN = {"aoti", "int8"}  # formats and precisions
+SLOWLY_WRITTEN = {"aoti", "int8", "int4"}  # formats and precisions
 # An x86 processor without these computes bf16 in float32, with conversions on the way.
 BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 

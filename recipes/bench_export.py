@@ -124,8 +124,11 @@ CONTENDERS = {contender.name: contender for contender in (
     Contender("lora-export aoti", "torch", "aoti fp32", 1.5),
     Contender("lora-export onnx", "onnxruntime", "onnx fp32", 2),
     Contender("lora-export onnx int8", "onnxruntime", "onnx int8", 0.6),
+    Contender("lora-export onnx int8 static", "onnxruntime", "onnx int8 static", 0.6),
+    Contender("lora-export onnx int4", "onnxruntime", "onnx int4", 0.6),
     Contender("lora-export openvino", "openvino", "openvino fp32", 2),
     Contender("lora-export openvino bf16", "openvino", "openvino bf16", 1.5),
+    Contender("lora-export openvino int8", "openvino", "openvino int8", 1),
     Contender(DEFAULT_OPENVINO, "openvino", "openvino fp32", 1.5),
     Contender("transformers onnx", "onnxruntime", "transformers onnx", 2),
     Contender("transformers onnx fused", "onnxruntime", "transformers onnx fused", 2),
@@ -711,7 +714,7 @@ def export(folder: Path, artifact: str, place: Path, threads: int) -> dict[str, 
     if artifact.startswith("transformers"):
         work = their_export(subject, artifact.partition("onnx")[2].strip(), place)
     else:
-        name, precision = artifact.split()
+        name, precision, *more = artifact.split()
         texts = stages.real_batches(subject, *inputs.read_texts(None))
 
         def work() -> None:
@@ -722,11 +725,18 @@ def export(folder: Path, artifact: str, place: Path, threads: int) -> dict[str, 
             with models.quiet():
                 module = subject.interface.bind(subject.model)
                 note = {"lora_export.precision": json.dumps(precision)}
+                form = Form(precision, static=bool(more))
                 runs = [batch.arrays for batch in texts]
                 path = place / f"model{exporter.SUFFIX}"
                 exporter.export(
                     exporters.Request(
-                        module, subject.signature, example, note, path, Form(precision), runs
+                        module,
+                        subject.signature,
+                        example,
+                        note,
+                        path,
+                        form,
+                        runs,
                     )
                 )
 
@@ -857,10 +867,11 @@ def opened(name: str, folder: Path, place: Path, threads: int) -> tuple[Run, str
         return openvino_alone(place / "model.xml", threads)
     runner = our_runner(tool, what, place, threads)
     precision = runner.precision
-    if what == "int8":
-        note = runner.session.get_modelmeta().custom_metadata_map
-        if kept := json.loads(note.get("lora_export.kept_in_fp32", "[]")):
-            precision += f", {len(kept)} layers in float32"
+    if what.startswith("int") and tool == "onnx":
+        if kept := json.loads(runner.metadata.get("lora_export.kept_wider", "[]")):
+            precision += f", {len(kept)} layers wider"
+    elif what.startswith("int"):
+        precision = f"{what}, else {precision}"
     return (lambda _, arrays: runner.run(arrays)), precision
 
 

@@ -1,5 +1,6 @@
 """OpenVINO files: names, free axes, float32 unless asked otherwise, no trace of the machine."""
 
+import json
 import sys
 
 import numpy as np
@@ -21,6 +22,7 @@ from lora_export import exporters
 from lora_export.errors import ExportFailed, InputError
 from lora_export.exporters import Request
 from lora_export.exporters import openvino as exporter
+from lora_export.records import Form
 from lora_export.runners.openvino import OpenvinoRunner
 
 openvino = pytest.importorskip("openvino")
@@ -91,8 +93,7 @@ def test_it_computes_in_float32_and_with_the_threads_that_were_asked_for(classif
 
 
 def test_another_precision_is_stated(classifier):
-    core = openvino.Core()
-    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if not _has_bfloat16():
         pytest.skip("this processor has no bfloat16")
     assert OpenvinoRunner(classifier[2], 1, "bf16").precision == "bfloat16"
 
@@ -161,3 +162,42 @@ def test_without_the_package_the_extra_is_named(tiny, classifier, tmp_path, monk
         with pytest.raises(InputError, match=r"pip install 'lora-export\[openvino\]'"):
             ask()
     assert list(tmp_path.iterdir()) == []
+
+
+def _has_bfloat16():
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def test_eight_bits_are_smaller_and_near(tiny, classifier, tmp_path):
+    model, signature, example = plain(tiny)
+    path = tmp_path / "model.xml"
+    about = {**ABOUT, "lora_export.precision": '"int8"'}
+    runs = [arrays(4, 9, "right", seed) for seed in range(3)]
+    exporter.export(Request(model, signature, example, about, path, Form("int8"), runs))
+    large, small = (file.with_suffix(".bin").stat().st_size for file in (classifier[2], path))
+    assert small < 0.5 * large
+    kept = exporter.inspect(path).facts["metadata"]["lora_export.kept_wider"]
+    assert len(json.loads(kept)) < 12
+    given = arrays(3, 8, "left")
+    found = exporter.open_runner(path, 2).run(given)["logits"]
+    off = np.abs(found - expected(model, signature, given)["logits"]).max()
+    assert 1e-5 < off < 0.1
+
+
+def test_eight_bits_need_inputs_to_find_ranges_on(tiny, tmp_path):
+    with pytest.raises(InputError, match="needs inputs to find ranges on"):
+        exporter.export(Request(*plain(tiny), ABOUT, tmp_path / "model.xml", Form("int8")))
+
+
+def test_a_model_that_would_end_the_process_is_refused(tiny, classifier, tmp_path):
+    """OpenVINO 2026.4 divides by zero when it compiles a Llama for one thread in bfloat16."""
+    if not _has_bfloat16():
+        pytest.skip("this processor has no bfloat16")
+    path = tmp_path / "model.xml"
+    model, signature, example = plain(tiny, "llama", (("batch", "sequence", 100),))
+    exporter.export(Request(model, signature, example, ABOUT, path))
+    with pytest.raises(ExportFailed, match="ends the process when it compiles"):
+        OpenvinoRunner(path, 1, "bf16")
+    given = arrays(2, 5, "none")
+    assert OpenvinoRunner(path, 2, "bf16").run(given)["logits"].shape == (2, 5, 100)
+    assert OpenvinoRunner(classifier[2], 1, "bf16").run(given)["logits"].shape == (2, 2)

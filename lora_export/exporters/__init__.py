@@ -92,8 +92,10 @@ def refuse_unknown(name: str, form: Form) -> None:
     heeded = getattr(exporter, "OPTIONS", {})
     for option, value in form.asked.items():
         if form.precision not in heeded.get(option, ()):
-            flag = ("no-" if value is False else "") + option.replace("_", "-")
-            raise InputError(f"--{flag} changes nothing for {name} in {form.precision}")
+            flag = "--" + ("no-" if value is False else "") + option.replace("_", "-")
+            known = option in heeded
+            no_use = f"{flag} changes nothing for {name} in {form.precision}"
+            raise InputError(no_use if known else f"{name} has no {flag}")
 
 
 def lacking(name: str) -> str:
