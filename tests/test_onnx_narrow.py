@@ -380,6 +380,14 @@ def test_neighbours_are_tried_together_where_each_alone_is_too_much_work(graph, 
     assert set(choose(graph, runs, [Dynamic])[1]) == set(layers)
 
 
+def test_a_large_model_is_tried_on_fewer_inputs(graph, runs, monkeypatch):
+    layers = linears(graph)
+    each = sum(matrix(n).size for ns in layers.values() for n in ns) * 4 * 9
+    for limit, count in ((3, 3), (2.5, 2), (1, 1), (0.1, 1)):
+        monkeypatch.setattr(_onnx_choose, "MOST_PRODUCTS", 16 * each * limit)
+        assert len(_onnx_choose._affordable(layers, runs)) == count
+
+
 def test_what_is_kept_stands_in_the_file_and_is_kept(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(_onnx_choose, "TARGET", -1.0)
     _, path = exported("bert-tokens", tmp_path / "m.onnx", runs, precision="int8")

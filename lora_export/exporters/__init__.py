@@ -93,9 +93,9 @@ def refuse_unknown(name: str, form: Form) -> None:
     for option, value in form.asked.items():
         if form.precision not in heeded.get(option, ()):
             flag = "--" + ("no-" if value is False else "") + option.replace("_", "-")
-            known = option in heeded
-            no_use = f"{flag} changes nothing for {name} in {form.precision}"
-            raise InputError(no_use if known else f"{name} has no {flag}")
+            if option not in heeded:
+                raise InputError(f"{name} has no {flag}")
+            raise InputError(f"{flag} changes nothing for {name} in {form.precision}")
 
 
 def lacking(name: str) -> str:

@@ -36,9 +36,11 @@ from lora_export.runners.onnx import OnnxRunner
 # Mean loss on the calibration inputs that is good enough: a tenth of what `checks.fidelity` allows,
 # because those inputs are few.
 TARGET = 0.001
-# Products of numbers that trying layer by layer may take, a few minutes; neighbours are tried
-# together where it would take more. A number and not a time, so that the choice is the same again.
-MOST_PRODUCTS = 2e13
+# Products of numbers that trying layer by layer may take, a few minutes. Where it would be more, it
+# is tried on fewer inputs, as far as there are several, and neighbours are tried together. A number
+# and not a time, so that the choice is the same again.
+MOST_PRODUCTS = 1e13
+LEAST_TRIALS = 16  # that are made before inputs are left out
 # Of the values of an input, the share that its range covers: all, or all but a few outliers.
 SHARES = (1.0, 0.99999, 0.9999)
 KEPT = "lora_export.kept_wider"  # metadata: layers that would have cost too much in few bits
@@ -88,8 +90,8 @@ def choose(model: Model, runs: Runs, schemes: Sequence[Making]) -> tuple[Making,
     best, layers = schemes[0], linears(model)
     if not runs or not layers:
         return best, ()
-    with _opened(model) as runner:
-        reference = [runner.run(run) for run in runs]
+    runs = _affordable(layers, runs)
+    reference = _answers(model, runs)
     if len(schemes) > 1:
         losses = [_trial_loss(model, runs, reference, one) for one in schemes]
         best = schemes[int(np.argmin(losses))]
@@ -140,8 +142,12 @@ def ranges(model: Model, runs: Runs) -> list[dict[str, float]]:
 def _trial_loss(model: Model, runs: Runs, reference: list[dict[str, Array]], one: Making) -> float:
     trial = model.clone()
     quantise(trial, one())
-    with _opened(trial) as runner:
-        return _loss(reference, [runner.run(run) for run in runs])
+    return _loss(reference, _answers(trial, runs))
+
+
+def _answers(model: Model, runs: Runs) -> list[dict[str, Array]]:
+    with _opened(model) as runner:
+        return [runner.run(run) for run in runs]
 
 
 @contextlib.contextmanager
@@ -174,11 +180,23 @@ def _flag(place: int) -> str:
     return f"lora_export.keep.{place}"
 
 
+def _products(layers: Mapping[str, Sequence[Node]], runs: Runs) -> float:
+    """Return the products of numbers in one trial on all of `runs`."""
+    sizes = sum(math.prod(features(node)) for nodes in layers.values() for node in nodes)
+    return float(sizes * sum(max(array.size for array in run.values()) for run in runs))
+
+
+def _affordable(layers: Mapping[str, Sequence[Node]], runs: Runs) -> Runs:
+    """Return the first of `runs`, as many as a trial may take."""
+    count = len(runs)
+    while count > 1 and LEAST_TRIALS * _products(layers, runs[:count]) > MOST_PRODUCTS:
+        count -= 1
+    return runs[:count]
+
+
 def _groups(layers: Mapping[str, Sequence[Node]], runs: Runs) -> list[list[str]]:
     """Return neighbours that are tried together, one by one where that is not too much work."""
-    sizes = sum(math.prod(features(node)) for nodes in layers.values() for node in nodes)
-    tokens = sum(max(array.size for array in run.values()) for run in runs)
-    together = math.ceil(len(layers) * sizes * tokens / MOST_PRODUCTS)
+    together = math.ceil(len(layers) * _products(layers, runs) / MOST_PRODUCTS)
     names = list(layers)
     return [names[start : start + together] for start in range(0, len(names), together)]
 
