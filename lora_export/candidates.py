@@ -12,8 +12,8 @@ from lora_export.records import Verdict
 ORDER_REASON = (
     "all cores before fewer; what is only written before what is compiled (aoti) or searched for "
     "sensitive layers (int8, int4), which takes the time of several others; narrow weights before "
-    "wide ones, because a CPU waits for memory; runtimes that rewrite the graph before those that "
-    "run it operator by operator"
+    "wide ones, because a CPU waits for memory, but int4, which is for size, last; runtimes that "
+    "rewrite the graph before those that run it operator by operator"
 )
 # A name that is not here, such as that of an exporter that was dropped in, comes last.
 PRECISION_ORDER = ("int8", "bf16", "fp32", "fp16", "int4")

@@ -107,6 +107,14 @@ def turn(a: Array, b: Array) -> Array:
     return found
 
 
+def drift(a: Array, b: Array) -> Array:
+    """Return the squared distance of the values `b` from `a`, in units of the variance of `a`."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = np.square(b - a) / a.var()
+    return found
+
+
 def axes_of(evidence: Evidence, name: str) -> tuple[str | int, ...]:
     """Return the axes of the output `name`; none where the evidence does not say."""
     return next((spec.axes for spec in _specs(evidence, name)), ())

@@ -173,6 +173,10 @@ def export_file(
     said = [Path(path) if path is not None else None for path in (data, calibration)]
     given = [path for path in said if path is not None]
     publishing.check_output(target, overwrite=overwrite, directory=False, inputs=[source, *given])
+    if wanted.external_data:
+        publishing.refuse_existing(
+            target.with_name(target.name + publishing.COMPANION), overwrite=overwrite
+        )
     (texts, labels), (examples, _) = map(inputs.read_texts, said)
     if calibration is not None and wanted.precision not in registry.CALIBRATED:
         raise InputError(f"--calibration is of no use for {wanted.precision}")
@@ -180,15 +184,16 @@ def export_file(
     subject = stages.load_subject(source, cache=cache)
     with timing.all_threads() as threads, publishing.staged(target, overwrite=overwrite) as path:
         say(f"exporting {name}")
-        held, begun = resident_memory(), time.perf_counter()
+        held, before, begun = resident_memory(), peak_memory(), time.perf_counter()
         artifact = stages.export_stage(name, subject, path.parent, path.name, wanted, examples)
         peak = peak_memory()
-        above = max(0, peak - held)  # the system counts in steps
-        cost = (
+        cost = [
             Measurement("export", name, time.perf_counter() - begun, "s", 1),
             Measurement("peak memory", f"{name}, model included", peak / 1e6, "MB", 1),
-            Measurement("peak memory", f"{name}, above the model", above / 1e6, "MB", 1),
-        )
+        ]
+        if peak > before:  # or the peak is of something earlier
+            above = (peak - held) / 1e6
+            cost.append(Measurement("peak memory", f"{name}, above the model", above, "MB", 1))
         batches = stages.batches_of(subject, texts, labels, seed)
         say(f"comparing on {inputs.summary(batches)}")
         runner = stages.open_runners({name: artifact}, path.parent, threads)[name]
@@ -197,14 +202,22 @@ def export_file(
             artifact,
             runner,
             path.parent,
-            measured=cost,
+            measured=tuple(cost),
             replies=stages.replies(subject, runner, batches) if wanted.text else (),
         )
         digests = (*storage.digest_tree(source), *map(storage.digest, inputs.files(given)))
         settings: dict[str, Any] = {"seed": seed, "inputs": inputs.summary(batches), **vars(wanted)}
+        settings["notes"] = notes = []
+        if calibration is not None:
+            settings["calibration"] = Path(calibration).name
+        elif wanted.precision in registry.CALIBRATED and data is None and subject.tokens:
+            notes.append(
+                "the sentences that the artifact is judged on are those that its layers were "
+                "chosen on; --data gives others"
+            )
         if wanted.text:
-            settings["notes"] = [
+            notes.append(
                 "sentences went in as text; shapes, which no text has, as token ids behind the "
                 "tokenizer of the same file"
-            ]
+            )
         return certify(evidence, checks.EXPORT, command, digests, settings, threads)

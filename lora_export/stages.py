@@ -137,8 +137,11 @@ def export_stage(
 
 def calibration(subject: Subject, texts: Sequence[str] = ()) -> list[Mapping[str, Array]]:
     """Return the inputs by which an exporter chooses what to keep in full precision."""
+    if texts and subject.tokens is None:
+        raise InputError("--calibration holds sentences, and the model takes pictures")
     chosen = texts or inputs.read_texts(None)[0]
-    return [batch.arrays for batch in real_batches(subject, chosen, ())]
+    seed = 1  # other made pictures than those that the artifact is compared on
+    return [batch.arrays for batch in real_batches(subject, chosen, (), seed)]
 
 
 def _processor_to(target: Path, source: Path) -> tuple[FileDigest, ...]:

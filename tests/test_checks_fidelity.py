@@ -92,6 +92,42 @@ def _embedding():
     return dataclasses.replace(found, recordings=renamed)
 
 
+def _scores(factor):
+    """One value per text, which the artifact gives `factor` times as large."""
+    spec = TensorSpec("logits", "float32", ("batch", 1))
+    found = reduced(signature=signature(outputs=(spec,)))
+    renamed = {
+        name: dataclasses.replace(
+            old,
+            outputs=tuple(
+                {"logits": out["logits"][:, :1] * (factor if name == "onnx" else 1)}
+                for out in old.outputs
+            ),
+        )
+        for name, old in found.recordings.items()
+    }
+    return dataclasses.replace(found, recordings=renamed)
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.01, Status.PASS), (7.0, Status.FAIL)])
+def test_a_score_is_judged_by_its_value(factor, status):
+    """It has no options to decide among, and its direction is only a sign."""
+    (verdict,) = fidelity.judge(_scores(factor))
+    assert (verdict.subject, verdict.status) == ("onnx, logits", status)
+
+
+def test_a_score_that_is_always_the_same_is_no_pass():
+    found = _scores(1.0)
+    flat = {
+        name: dataclasses.replace(
+            old, outputs=tuple({"logits": out["logits"] * 0 + 3} for out in old.outputs)
+        )
+        for name, old in found.recordings.items()
+    }
+    (verdict,) = fidelity.judge(dataclasses.replace(found, recordings=flat))
+    assert verdict.status is Status.FAIL
+
+
 def test_an_embedding_is_judged_by_its_direction():
     (verdict,) = fidelity.judge(_embedding())
     assert (verdict.subject, verdict.status) == ("onnx, sentence_embedding", Status.PASS)

@@ -189,7 +189,7 @@ def test_weights_stand_apart_where_that_is_asked_for(subject, apart):
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-5)
 
 
-@pytest.mark.parametrize("fault", ["another's", "gone"])
+@pytest.mark.parametrize("fault", ["another's", "gone", "unsigned"])
 def test_a_graph_without_its_own_weights_is_neither_read_nor_run(apart, tmp_path, fault):
     """onnxruntime would take the weights of another model of the same shapes and answer."""
     for file in ("model.onnx", "model.onnx.data"):
@@ -197,6 +197,16 @@ def test_a_graph_without_its_own_weights_is_neither_read_nor_run(apart, tmp_path
     data = tmp_path / "model.onnx.data"
     if fault == "gone":
         data.unlink()
+    elif fault == "unsigned":
+        model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+        kept = [entry for entry in model.metadata_props if entry.key != "lora_export.data"]
+        assert len(kept) == len(model.metadata_props) - 1
+        del model.metadata_props[:]
+        model.metadata_props.extend(kept)
+        (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(ExportFailed, match="which is not the data of an export"):
+            exporters.load("onnx").inspect(tmp_path / "model.onnx")
+        return
     else:
         data.write_bytes(bytes(reversed(data.read_bytes())))
         onnxruntime.InferenceSession(tmp_path / "model.onnx")
@@ -213,6 +223,7 @@ def test_a_form_that_a_format_does_not_heed_is_refused(subject, tmp_path):
         ("torchscript", Form(optimize=False), "torchscript has no --no-optimize"),
         ("onnx", Form(static=True), "--static changes nothing for onnx in fp32"),
         ("onnx", Form(target="generic"), "--target changes nothing for onnx in fp32"),
+        ("onnx", Form("int8", target="cpu_avx512"), "'cpu_avx512' is none of native, generic"),
         ("onnx", Form("bf16"), "onnx is written in fp32, fp16, int8, int4, not bf16"),
     ):
         with pytest.raises(InputError, match=word):

@@ -21,8 +21,9 @@ from program_made import (
     with_cache,
 )
 from torch import nn
+from torch._inductor import cpu_vec_isa
 
-from lora_export import exporters
+from lora_export import environment, exporters
 from lora_export.errors import ExportFailed, InputError
 from lora_export.exporters import Request, aoti
 from lora_export.records import Signature, TensorSpec
@@ -228,3 +229,47 @@ def test_a_model_that_looks_at_values_is_an_export_failure(tmp_path):
         aoti.export(
             Request(Broken(), signature, arrays(3, 7, "right"), {}, tmp_path / "m.aoti.pt2")
         )
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """Have torch offer the instruction sets of a large server."""
+    sets = [
+        ("avx512", "avx512_vnni", "amx_tile"),
+        ("avx512", "avx512_vnni"),
+        ("avx512",),
+        ("avx2",),
+    ]
+    known = [isa for isa in cpu_vec_isa.supported_vec_isa_list if tuple(str(isa).split()) in sets]
+    assert [tuple(str(isa).split()) for isa in known] == sets
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", lambda: known)
+    monkeypatch.setattr(aoti.platform, "machine", lambda: "x86_64")
+    return known
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ("native", ["avx512", "avx512_vnni", "amx_tile"]),
+        ("generic", ["avx2"]),
+        ("cpu-avx512", ["avx512", "avx512_vnni"]),
+        ("cpu-amx", ["avx512", "avx512_vnni", "amx_tile"]),
+    ],
+)
+def test_torch_compiles_for_the_target_that_is_asked_for(offered, target, wanted):
+    with aoti._compiling_for(target):
+        assert aoti._isa() == wanted
+    assert aoti._isa() == ["avx512", "avx512_vnni", "amx_tile"]
+
+
+def test_a_target_that_torch_has_no_instructions_of_is_refused(offered):
+    del offered[-1]
+    with (
+        pytest.raises(ExportFailed, match="cannot compile for generic on this machine"),
+        aoti._compiling_for("generic"),
+    ):
+        pass
+
+
+def test_every_target_is_known():
+    assert aoti._INSTRUCTIONS.keys() == environment.TARGETS.keys()

@@ -1,6 +1,7 @@
 """Narrow weights in ONNX graphs: how they are rounded, and which layers keep theirs."""
 
 import collections
+import dataclasses
 import json
 from functools import partial
 
@@ -12,12 +13,12 @@ import onnxruntime
 import pytest
 
 from lora_export import calling, environment, exporters, inputs, models
-from lora_export.errors import InputError
+from lora_export.errors import ExportFailed, InputError
 from lora_export.exporters import _onnx_choose, _onnx_schemes, _onnx_translate
 from lora_export.exporters._onnx_choose import choose, ranges
 from lora_export.exporters._onnx_layers import linears, matrix
 from lora_export.exporters._onnx_schemes import Blocks, Dynamic, Static, quantise
-from lora_export.records import Form
+from lora_export.records import Form, Signature, TensorSpec
 from lora_export.runners.onnx import OnnxRunner
 
 HIDDEN = 32
@@ -194,9 +195,9 @@ def test_the_largest_values_suffice_to_find_every_share():
     assert 100 * (1 - min(_onnx_choose.SHARES)) <= _onnx_choose._LARGEST
 
 
-def test_static_ranges_need_inputs(graph):
+def test_static_ranges_need_inputs(full, graph):
     with pytest.raises(InputError, match="needs inputs to find ranges on"):
-        _onnx_choose.narrow(graph, Form("int8", static=True), [])
+        _onnx_choose.narrow(graph, full[0], Form("int8", static=True), [])
 
 
 def test_the_static_file_is_run_on_integers(full, runs, tmp_path, monkeypatch):
@@ -229,6 +230,7 @@ def test_pairs_of_products_of_safe_weights_fit_into_sixteen_bits():
         ("native", {"avx2", "avx_vnni"}, 127),
         ("native", {"avx2", "avx512_vnni"}, 127),
         ("native", {"asimd"}, 127),
+        ("native", set(), 64),
     ],
 )
 def test_weights_are_as_large_as_the_target_can_add_up(monkeypatch, target, flags, wanted):
@@ -322,87 +324,215 @@ def test_layers_are_named_by_their_place_in_the_model(graph):
     assert len(linears(graph)) == 12
 
 
-def test_a_loss_that_is_small_enough_keeps_no_layer(graph, runs, monkeypatch):
+@pytest.fixture
+def chosen(full, graph, runs):
+    """Return the choice among `schemes` on the small BERT."""
+    return lambda *schemes, on=runs: choose(graph, full[0], on, schemes)
+
+
+def test_a_loss_that_is_small_enough_keeps_no_layer(chosen, monkeypatch):
     monkeypatch.setattr(_onnx_choose, "TARGET", 1e9)
-    assert choose(graph, runs, [Dynamic]) == (Dynamic, ())
+    assert chosen(Dynamic) == (Dynamic, ())
 
 
-def test_without_inputs_to_judge_by_no_layer_is_kept(graph):
-    assert choose(graph, [], [Dynamic, Blocks]) == (Dynamic, ())
+def test_without_inputs_to_judge_by_no_layer_is_kept(chosen):
+    assert chosen(Dynamic, Blocks, on=[]) == (Dynamic, ())
 
 
-def test_a_loss_that_nothing_reaches_keeps_every_layer(graph, runs, monkeypatch):
+def test_a_loss_that_nothing_reaches_keeps_every_layer(chosen, graph, monkeypatch):
     monkeypatch.setattr(_onnx_choose, "TARGET", -1.0)
-    assert set(choose(graph, runs, [Dynamic])[1]) == linears(graph).keys()
+    assert set(chosen(Dynamic)[1]) == linears(graph).keys()
 
 
-def loss_of(graph, runs, tmp_path, scheme, kept):
+def loss_of(graph, signature, runs, tmp_path, scheme, kept):
     """Return the loss of a graph of its own."""
     trial = graph.clone()
     quantise(trial, scheme(), kept)
-    return _onnx_choose._loss(answers(graph, runs, tmp_path), answers(trial, runs, tmp_path))
+    both = (answers(model, runs, tmp_path) for model in (graph, trial))
+    return _onnx_choose._loss(signature, runs, *both)
 
 
-def test_the_most_sensitive_layers_are_kept_and_no_more(graph, runs, tmp_path, monkeypatch):
+def test_the_most_sensitive_layers_are_kept_and_no_more(
+    full, chosen, graph, runs, tmp_path, monkeypatch
+):
     """What is found by a graph for each layer alone, against the choice within one."""
-    loss = partial(loss_of, graph, runs, tmp_path, Dynamic)
+    loss = partial(loss_of, graph, full[0], runs, tmp_path, Dynamic)
     layers = list(linears(graph))
     alone = {layer: loss([x for x in layers if x != layer]) for layer in layers}
     ranked = sorted(alone, key=alone.get, reverse=True)
     target = loss(ranked[:3]) * 1.001
     monkeypatch.setattr(_onnx_choose, "TARGET", target)
-    _, kept = choose(graph, runs, [Dynamic])
+    _, kept = chosen(Dynamic)
     assert kept == tuple(ranked[: len(kept)])
     assert 1 <= len(kept) <= 3
     assert loss(kept) <= target
     assert loss(kept[:-1]) > target
 
 
-def test_the_scheme_that_loses_least_is_taken(graph, runs, tmp_path):
+def test_the_scheme_that_loses_least_is_taken(full, chosen, graph, runs, tmp_path):
     reach = ranges(graph, runs)[0]
     narrow = {name: value / 50 for name, value in reach.items()}
     schemes = [partial(Static, narrow), partial(Static, reach)]
-    assert choose(graph, runs, schemes)[0] is schemes[1]
-    first, second = (loss_of(graph, runs, tmp_path, scheme, ()) for scheme in schemes)
+    assert chosen(*schemes)[0] is schemes[1]
+    first, second = (loss_of(graph, full[0], runs, tmp_path, one, ()) for one in schemes)
     assert second < first / 2
 
 
-def test_neighbours_are_tried_together_where_each_alone_is_too_much_work(graph, runs, monkeypatch):
-    layers = linears(graph)
-    products = len(layers) * sum(matrix(n).size for ns in layers.values() for n in ns) * 3 * 4 * 9
-    monkeypatch.setattr(_onnx_choose, "MOST_PRODUCTS", products)
-    assert _onnx_choose._groups(layers, runs) == [[layer] for layer in layers]
-    monkeypatch.setattr(_onnx_choose, "MOST_PRODUCTS", products / 4.5)
-    groups = _onnx_choose._groups(layers, runs)
+def test_a_scheme_without_an_answer_is_not_the_one_that_loses_least(chosen, monkeypatch):
+    losses = iter([np.nan, 0.5, 0.2])
+    monkeypatch.setattr(_onnx_choose, "_trial_loss", lambda *_: next(losses))
+    schemes = [partial(Dynamic, largest) for largest in (127, 64, 32)]
+    assert chosen(*schemes)[0] is schemes[2]
+
+
+def test_products_are_counted_in_the_graph(graph, runs):
+    """Of pictures it is not the pixels that are multiplied, so no input says how many there are."""
+    found, products = _onnx_choose._asked(graph, runs)
+    sizes = sum(matrix(node).size for nodes in linears(graph).values() for node in nodes)
+    assert products == [4 * 9 * sizes] * 3
+    assert [list(one) for one in found] == [["logits"]] * 3
+
+
+def test_neighbours_are_tried_together_where_each_alone_is_too_much_work(monkeypatch):
+    layers = list("abcdefghijkl")
+    monkeypatch.setattr(_onnx_choose, "MOST_PRODUCTS", 12 * 100)
+    assert _onnx_choose._groups(layers, 100) == [[layer] for layer in layers]
+    groups = _onnx_choose._groups(layers, 450)
     assert [len(group) for group in groups] == [5, 5, 2]
-    assert [layer for group in groups for layer in group] == list(layers)
+    assert [layer for group in groups for layer in group] == layers
+
+
+def test_a_large_model_is_tried_on_fewer_inputs_in_groups(chosen, graph, runs, monkeypatch):
+    monkeypatch.setattr(_onnx_choose, "MOST_PRODUCTS", 16 * 250)
+    assert _onnx_choose._affordable([100, 100, 100]) == 2
+    assert _onnx_choose._affordable([10, 10, 10]) == 3
+    assert _onnx_choose._affordable([9999, 9999]) == 1
+    _, products = _onnx_choose._asked(graph, runs)
+    monkeypatch.setattr(_onnx_choose, "MOST_PRODUCTS", 3 * products[0])
     monkeypatch.setattr(_onnx_choose, "TARGET", -1.0)
-    assert set(choose(graph, runs, [Dynamic])[1]) == set(layers)
+    assert set(chosen(Dynamic)[1]) == linears(graph).keys()
 
 
-def test_a_large_model_is_tried_on_fewer_inputs(graph, runs, monkeypatch):
-    layers = linears(graph)
-    each = sum(matrix(n).size for ns in layers.values() for n in ns) * 4 * 9
-    for limit, count in ((3, 3), (2.5, 2), (1, 1), (0.1, 1)):
-        monkeypatch.setattr(_onnx_choose, "MOST_PRODUCTS", 16 * each * limit)
-        assert len(_onnx_choose._affordable(layers, runs)) == count
+def test_what_is_kept_stands_in_the_file_and_is_kept(full, runs, tmp_path, monkeypatch):
+    whole = _onnx_choose.choose
+    few = ("bert.encoder.layer.0.output.dense", "bert.encoder.layer.1.attention.self.key")
+    monkeypatch.setattr(_onnx_choose, "choose", lambda *given: (whole(*given)[0], few))
+    _, path = exported("bert-tokens", tmp_path / "m.onnx", runs, precision="int8", target="generic")
+    said = exporters.load("onnx").inspect(path).facts["metadata"]
+    assert tuple(json.loads(said["lora_export.kept_wider"])) == few
+    made = {"layers": 12, "static": False, "target": "generic"}
+    assert json.loads(said["lora_export.quantised"]) == made
+    assert counts(path)["MatMulInteger"] == 10
 
 
-def test_what_is_kept_stands_in_the_file_and_is_kept(runs, tmp_path, monkeypatch):
+def test_a_model_in_which_nothing_would_be_narrow_is_refused(full, graph, runs, monkeypatch):
+    """A file of float32 would pass every check, and be called int8."""
     monkeypatch.setattr(_onnx_choose, "TARGET", -1.0)
-    _, path = exported("bert-tokens", tmp_path / "m.onnx", runs, precision="int8")
-    said = exporters.load("onnx").inspect(path).facts["metadata"]["lora_export.kept_wider"]
-    assert len(json.loads(said)) == 12
-    assert counts(path)["MatMulInteger"] == 0
+    with pytest.raises(ExportFailed, match="int8 costs too much in each of 12 layers"):
+        _onnx_choose.narrow(graph, full[0], Form("int8"), runs)
+    monkeypatch.setattr(_onnx_choose, "linears", lambda _: {})
+    for form in (Form("int8"), Form("int8", static=True), Form("int4")):
+        with pytest.raises(ExportFailed, match=f"no linear layer that {form.precision}"):
+            _onnx_choose.narrow(graph, full[0], form, runs)
+
+
+def one_output(name, axes):
+    return Signature((), (TensorSpec(name, "float32", axes),), 9, 9, 0)
 
 
 def test_the_loss_is_the_divergence_of_probabilities():
     p, q = np.array([[0.7, 0.3]]), np.array([[0.6, 0.4]])
-    found = _onnx_choose._loss([{"logits": np.log(p) + 5}], [{"logits": np.log(q) - 3}])
+    given = [{"logits": np.log(p) + 5}], [{"logits": np.log(q) - 3}]
+    found = _onnx_choose._loss(one_output("logits", ("batch", 2)), [{}], *given)
     assert found == pytest.approx(float((p * np.log(p / q)).sum()))
 
 
 def test_the_loss_of_an_embedding_is_its_turn():
     a, b = np.array([[3.0, 0.0]]), np.array([[1.0, 1.0]])
-    found = _onnx_choose._loss([{"sentence_embedding": a}], [{"sentence_embedding": b}])
-    assert found == pytest.approx(1 - np.sqrt(0.5))
+    signature = one_output("sentence_embedding", ("batch", 2))
+    given = [{"sentence_embedding": a}], [{"sentence_embedding": b}]
+    assert _onnx_choose._loss(signature, [{}], *given) == pytest.approx(1 - np.sqrt(0.5))
+
+
+def test_the_loss_of_a_score_is_its_drift():
+    """Its direction is a sign, and its softmax is one."""
+    a = np.array([[1.0], [2.0], [4.0]])
+    signature = one_output("logits", ("batch", 1))
+    found = _onnx_choose._loss(signature, [{}], [{"logits": a}], [{"logits": a + 0.5}])
+    assert found == pytest.approx(0.25 / a.var())
+
+
+def test_padding_costs_nothing():
+    signature = one_output("logits", ("batch", "sequence", 2))
+    ids = TensorSpec("attention_mask", "int64", ("batch", "sequence"))
+    signature = dataclasses.replace(signature, inputs=(ids,))
+    a, mask = np.zeros((1, 3, 2)), np.array([[1, 1, 0]])
+    losses = []
+    for place in (1, 2):
+        b = a.copy()
+        b[0, place] = 5, -5
+        run = {"attention_mask": mask}
+        losses.append(_onnx_choose._loss(signature, [run], [{"logits": a}], [{"logits": b}]))
+    assert losses[0] > 1
+    assert losses[1] == 0
+
+
+# ---------------------------------------------------------------- graphs of all kinds
+
+
+def test_a_bias_beyond_its_weights_is_kept(tmp_path):
+    """Dead outputs, whose weights have decayed, keep what their bias says."""
+    x, w = np.ones((3, 40), np.float32), np.zeros((40, 24), np.float32)
+    w[:, 1] = 1e-9
+    b = np.linspace(-0.5, 0.7, 24).astype(np.float32)
+    for signed in (False, True):
+        model = one_layer(x, w, b)
+        quantise(model, Static({"x": 1.0}, signed=signed))
+        (found,) = answers(model, [{"x": x}], tmp_path)
+        np.testing.assert_allclose(found["logits"], np.tile(b, (3, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("scheme", [Dynamic, partial(Static, {"x": 3.0, "y": 30.0}), Blocks])
+def test_a_weight_that_is_used_as_it_is_and_transposed_is_two(tmp_path, scheme):
+    dice = np.random.default_rng(0)
+    x, w = (dice.normal(size=shape).astype(np.float32) for shape in ((5, 32), (32, 32)))
+    weight = ir.val("w", const_value=ir.tensor(w, name="w"))
+    bias = ir.val("b", const_value=ir.tensor(np.zeros(32, np.float32), name="b"))
+    given = ir.val("x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(("rows", 32)))
+    first = ir.node("Gemm", [given, weight, bias], name="first")
+    second = ir.node("Gemm", [first.outputs[0], weight, bias], {"transB": 1}, name="second")
+    for node, name in ((first, "y"), (second, "logits")):
+        node.outputs[0].name, node.outputs[0].dtype = name, ir.DataType.FLOAT
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = f"['', '{node.name}', 'linear']"
+    nodes = [first, second]
+    graph = ir.Graph([given], second.outputs, nodes=nodes, initializers=[weight, bias], name="two")
+    graph.opset_imports[""] = 20
+    model = ir.Model(graph, ir_version=10)
+    quantise(model, scheme())
+    (found,) = answers(model, [{"x": x}], tmp_path)
+    wanted = x @ w @ w.T
+    assert np.abs(found["logits"] - wanted).max() < 0.15 * np.abs(wanted).max()
+
+
+def test_an_embedding_is_made_bytes_of_once(full, runs, tmp_path):
+    """int4 keeps some layers in eight bits; that is no reason to look at embeddings again."""
+    _, four = exported("bert-tokens", tmp_path / "four.onnx", runs, precision="int4")
+    _, eight = exported("bert-tokens", tmp_path / "eight.onnx", runs, precision="int8")
+    assert counts(four)["Gather"] == counts(eight)["Gather"]
+    assert not [name for name in _arrays(four) if "scale_" in name]
+
+
+@pytest.mark.parametrize("form", [{"precision": "int8"}, {"precision": "int4"},
+                                  {"precision": "int8", "static": True}], ids=str)  # fmt: skip
+def test_a_layer_that_is_applied_several_times_is_narrow_each_time(tmp_path, form):
+    """ALBERT's layers share their weights, and their inputs are met in the order of the graph."""
+    model = families.build("albert")
+    signature = calling.interface_of(model, families.tokens_of(model)).signature
+    runs = [inputs.made(signature, 4, 9, "right", 0)]
+    _, plain = exported("albert", tmp_path / "plain.onnx")
+    _, path = exported("albert", tmp_path / "m.onnx", runs, **form)
+    onnx.checker.check_model(path, full_check=form["precision"] == "int8")
+    made = inputs.made(signature, 3, 6, "right", 1)
+    found, wanted = (OnnxRunner(file, 1).run(made)["logits"] for file in (path, plain))
+    most = 0.3 if form["precision"] == "int4" else 0.1
+    assert 0 < np.abs(found - wanted).max() < most * np.abs(wanted).max() + 0.05

@@ -318,3 +318,51 @@ def test_accuracy_is_measured_where_labels_are_given(finished, tmp_path):
     found = {m.subject: m for m in certificate.measurements if m.name == "accuracy"}
     assert found.keys() == {"reference", "merged", "torchscript"}
     assert {m.samples for m in found.values()} == {2}
+
+
+def _exported(folder, out, **more):
+    certificate = pipeline.export_file("onnx", model=folder / "merged", out=out, **more)
+    metadata = exporters.load("onnx").inspect(out).facts["metadata"]
+    return certificate, metadata
+
+
+def test_ranges_are_those_of_the_sentences_that_are_given(finished, tmp_path):
+    """And not those that it is judged on: other sentences make another file, other data do not."""
+    folder = finished[0]
+    (tmp_path / "words.txt").write_text("good good good good film\nbad\n")
+    form = {"precision": "int8", "static": True, "target": "generic"}
+    given = {"calibration": tmp_path / "words.txt"}
+    certificate, metadata = _exported(folder, tmp_path / "own.onnx", **form, **given)
+    assert certificate.settings["calibration"] == "words.txt"
+    assert "words.txt" in {file.name for file in certificate.inputs}
+    assert json.loads(metadata["lora_export.quantised"])["static"] is True
+    assert not certificate.settings["notes"]
+    plain, _ = _exported(folder, tmp_path / "plain.onnx", **form)
+    assert any("are those that its layers were chosen on" in n for n in plain.settings["notes"])
+    data = {"data": tmp_path / "words.txt"}
+    judged, _ = _exported(folder, tmp_path / "judged.onnx", **form, **data)
+    assert not judged.settings["notes"]
+    bytes_of = {name: (tmp_path / f"{name}.onnx").read_bytes() for name in
+                ("own", "plain", "judged")}  # fmt: skip
+    assert bytes_of["own"] != bytes_of["plain"] == bytes_of["judged"]
+
+
+def test_calibration_without_use_is_refused(finished, tmp_path):
+    (tmp_path / "words.txt").write_text("good\n")
+    with pytest.raises(InputError, match="--calibration is of no use for fp32"):
+        _exported(finished[0], tmp_path / "m.onnx", calibration=tmp_path / "words.txt")
+
+
+def test_a_stray_data_file_is_noticed_before_anything_is_done(finished, tmp_path, monkeypatch):
+    (tmp_path / "m.onnx.data").write_text("somebody's")
+    monkeypatch.setattr(stages, "load_subject", lambda *_, **__: pytest.fail("it began"))
+    with pytest.raises(InputError, match=r"m\.onnx\.data exists"):
+        _exported(finished[0], tmp_path / "m.onnx", external_data=True)
+
+
+def test_the_data_file_of_a_replaced_graph_goes_with_it(finished, tmp_path):
+    certificate, _ = _exported(finished[0], tmp_path / "m.onnx", external_data=True)
+    assert certificate.ok
+    assert (tmp_path / "m.onnx.data").is_file()
+    _exported(finished[0], tmp_path / "m.onnx", overwrite=True)
+    assert not (tmp_path / "m.onnx.data").exists()

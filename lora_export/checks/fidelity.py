@@ -7,7 +7,16 @@ their probabilities, the task metric where there are labels, and the direction o
 import numpy as np
 
 from lora_export import checks
-from lora_export.compare import deciding, distance, divergence, options, probabilities, turn, valid
+from lora_export.compare import (
+    deciding,
+    distance,
+    divergence,
+    drift,
+    options,
+    probabilities,
+    turn,
+    valid,
+)
 from lora_export.records import PRESENT, REFERENCE, Array, Artifact, Evidence, Status, Verdict
 
 SCOPES = (checks.EXPORT, checks.RUN)
@@ -15,6 +24,7 @@ MOST_FLIPS = 0.005  # share of decisions; half a point of accuracy at worst
 MOST_LOSS = 0.005  # of accuracy, where there are labels
 MOST_DIVERGENCE = 0.01  # nats, mean over the decisions
 MOST_TURN = 0.01  # of an embedding: one minus its cosine with the reference's
+MOST_DRIFT = 0.0025  # of values, relative to their variance: a twentieth of their spread
 # Two classes whose probabilities lie closer than this are a toss of a coin to the reference too.
 COIN = 0.1
 
@@ -45,9 +55,10 @@ def _judge(artifact: Artifact, evidence: Evidence) -> list[Verdict]:
         found += _decisions(name, chosen, real, evidence)
         found += _accuracy(name, chosen[0], real, evidence)
     else:
-        found += [
-            _turn(name, o, real, evidence) for o in outputs if not o.startswith(f"{PRESENT}.")
-        ]
+        for output in outputs:
+            if not output.startswith(f"{PRESENT}."):
+                judge = _values if "logits" in output else _turn
+                found.append(judge(name, output, real, evidence))
     return found
 
 
@@ -89,6 +100,17 @@ def _accuracy(name: str, output: str, real: list[int], evidence: Evidence) -> li
     note = f"accuracy {right[1]:.4f}, the reference's {right[0]:.4f}"
     loss = right[0] - right[1]
     return [_within("fidelity", f"{name}, accuracy", loss, MOST_LOSS, "share", len(labels), note)]
+
+
+def _values(name: str, output: str, real: list[int], evidence: Evidence) -> Verdict:
+    """Judge a value per text, such as a score: its direction is a sign, and says nothing."""
+    rows = [
+        np.concatenate([evidence.recordings[of].outputs[i][output].ravel() for i in real])
+        for of in _both(name)
+    ]
+    note = "mean square of the deviation, of the variance of the reference's values"
+    mean = drift(*rows).mean()
+    return _within("fidelity", f"{name}, {output}", mean, MOST_DRIFT, "share", rows[0].size, note)
 
 
 def _turn(name: str, output: str, real: list[int], evidence: Evidence) -> Verdict:

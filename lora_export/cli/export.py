@@ -52,8 +52,8 @@ _precision = click.option(
 _static = click.option(
     "--static",
     is_flag=True,
-    help="int8: activations by ranges found on --calibration, not anew in every call, so that no "
-    "answer depends on what else is in the batch (openvino: always so).",
+    help="int8: activations by ranges found on --calibration, not anew in every call by what else "
+    "is in the batch (onnx; of openvino it is always so).",
 )
 _calibration = click.option(
     "--calibration",

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from lora_export import registry, storage
+from lora_export import environment, registry, storage
 from lora_export.errors import InputError, LoraExportError
 from lora_export.records import PLAIN, Array, Artifact, Form, Signature, TensorSpec
 
@@ -89,6 +89,8 @@ def refuse_unknown(name: str, form: Form) -> None:
     if form.precision not in exporter.PRECISIONS:
         known = ", ".join(exporter.PRECISIONS)
         raise InputError(f"{name} is written in {known}, not {form.precision}")
+    if form.target not in environment.TARGETS:
+        raise InputError(f"{form.target!r} is none of {', '.join(environment.TARGETS)}")
     heeded = getattr(exporter, "OPTIONS", {})
     for option, value in form.asked.items():
         if form.precision not in heeded.get(option, ()):

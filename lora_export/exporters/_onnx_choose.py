@@ -16,11 +16,11 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from lora_export.compare import divergence, probabilities, turn
+from lora_export.compare import deciding, divergence, drift, options, probabilities, turn
 from lora_export.environment import cores
-from lora_export.errors import InputError
+from lora_export.errors import ExportFailed, InputError
 from lora_export.exporters import _onnx_translate
-from lora_export.exporters._onnx_graph import Model, Node
+from lora_export.exporters._onnx_graph import Model, insert
 from lora_export.exporters._onnx_layers import features, linears
 from lora_export.exporters._onnx_schemes import (
     Blocks,
@@ -30,7 +30,7 @@ from lora_export.exporters._onnx_schemes import (
     largest,
     quantise,
 )
-from lora_export.records import PRESENT, Array, Form
+from lora_export.records import PRESENT, Array, Batch, Evidence, Form, Signature
 from lora_export.runners.onnx import OnnxRunner
 
 # Mean loss on the calibration inputs that is good enough: a tenth of what `checks.fidelity` allows,
@@ -44,25 +44,35 @@ LEAST_TRIALS = 16  # that are made before inputs are left out
 # Of the values of an input, the share that its range covers: all, or all but a few outliers.
 SHARES = (1.0, 0.99999, 0.9999)
 KEPT = "lora_export.kept_wider"  # metadata: layers that would have cost too much in few bits
+MADE = "lora_export.quantised"  # metadata: how many layers there are, how the others were made
 _LARGEST = 0.01  # share of the values of each run that is kept to find the ranges in
+Answers: TypeAlias = dict[str, Array]
 Runs: TypeAlias = Sequence[Mapping[str, Array]]
 Making: TypeAlias = Callable[[], Scheme]  # a scheme serves one graph, so each graph gets a new one
 
 
-def narrow(model: Model, form: Form, runs: Runs, *, signed: bool = False) -> dict[str, str]:
+def narrow(
+    model: Model, signature: Signature, form: Form, runs: Runs, *, signed: bool = False
+) -> dict[str, str]:
     """Give the linear layers of `model` the narrow weights of `form`.
 
-    Returns what the artifact should say of it: which layers keep wider ones.
+    Returns what the artifact should say of it: which layers keep wider ones, and how the others
+    were made.
 
     Args:
         model: Changed in place.
+        signature: Its inputs and outputs.
         form: In eight or four bits. Layers that four bits cost too much get eight.
         runs: Inputs of real texts or pictures.
         signed: See `Static`.
 
     Raises:
         InputError: static ranges are asked for, and there are no inputs to find them on.
+        ExportFailed: no layer of the model can have such weights.
     """
+    layers = linears(model)
+    if not layers:
+        raise ExportFailed(f"the model has no linear layer that {form.precision} is written for")
     schemes: list[Making]
     if form.precision == "int4":
         schemes = [Blocks]
@@ -73,14 +83,17 @@ def narrow(model: Model, form: Form, runs: Runs, *, signed: bool = False) -> dic
         schemes = [partial(Static, each, signed=signed, largest=most) for each in found]
     else:
         schemes = [partial(Dynamic, largest(form.target))]
-    best, kept = choose(model, runs, schemes)
-    quantise(model, best(), kept)
-    if form.precision == "int4":
-        quantise(model, Blocks(bits=8))
-    return {KEPT: json.dumps(kept)}
+    best, kept = choose(model, signature, runs, schemes)
+    if len(kept) == len(layers):
+        raise ExportFailed(f"{form.precision} costs too much in each of {len(layers)} layers")
+    quantise(model, best(), kept, Blocks(bits=8) if form.precision == "int4" else None)
+    made = {"layers": len(layers), "static": form.static, "target": form.target}
+    return {KEPT: json.dumps(kept), MADE: json.dumps(made)}
 
 
-def choose(model: Model, runs: Runs, schemes: Sequence[Making]) -> tuple[Making, tuple[str, ...]]:
+def choose(
+    model: Model, signature: Signature, runs: Runs, schemes: Sequence[Making]
+) -> tuple[Making, tuple[str, ...]]:
     """Return the scheme that loses least, and the layers to keep as they are.
 
     These are the fewest of the most sensitive that suffice. The answers to `runs`, inputs of real
@@ -90,20 +103,22 @@ def choose(model: Model, runs: Runs, schemes: Sequence[Making]) -> tuple[Making,
     best, layers = schemes[0], linears(model)
     if not runs or not layers:
         return best, ()
-    runs = _affordable(layers, runs)
-    reference = _answers(model, runs)
+    reference, products = _asked(model, runs)
+    count = _affordable(products)
+    runs, reference, products = runs[:count], reference[:count], products[:count]
     if len(schemes) > 1:
-        losses = [_trial_loss(model, runs, reference, one) for one in schemes]
-        best = schemes[int(np.argmin(losses))]
+        losses = [_trial_loss(model, signature, runs, reference, one) for one in schemes]
+        best = schemes[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
     with _trial(model, best()) as runner:
 
         def loss(kept: Collection[str]) -> float:
             flags = {_flag(i): np.array(layer in kept) for i, layer in enumerate(layers)}
-            return _loss(reference, [runner.run({**run, **flags}) for run in runs])
+            found = [runner.run({**run, **flags}) for run in runs]
+            return _loss(signature, runs, reference, found)
 
         if loss(()) <= TARGET:
             return best, ()
-        groups = _groups(layers, runs)
+        groups = _groups(list(layers), sum(products))
         alone = [loss(layers.keys() - set(group)) for group in groups]
         kept: list[str] = []
         for place in np.argsort(alone, kind="stable")[::-1]:
@@ -139,15 +154,32 @@ def ranges(model: Model, runs: Runs) -> list[dict[str, float]]:
     ]
 
 
-def _trial_loss(model: Model, runs: Runs, reference: list[dict[str, Array]], one: Making) -> float:
+def _trial_loss(
+    model: Model, signature: Signature, runs: Runs, reference: Sequence[Answers], one: Making
+) -> float:
     trial = model.clone()
     quantise(trial, one())
-    return _loss(reference, _answers(trial, runs))
+    with _opened(trial) as runner:
+        return _loss(signature, runs, reference, [runner.run(run) for run in runs])
 
 
-def _answers(model: Model, runs: Runs) -> list[dict[str, Array]]:
-    with _opened(model) as runner:
-        return [runner.run(run) for run in runs]
+def _asked(model: Model, runs: Runs) -> tuple[list[Answers], list[int]]:
+    """Return what `model` answers to each run, and how many products its linear layers take."""
+    counting = model.clone()
+    outputs = {}  # of a product, by the name of the value that says how many elements it has
+    for place, node in enumerate([node for nodes in linears(counting).values() for node in nodes]):
+        size = insert(counting.graph, node, "Size", [node.inputs[0]])
+        size.name, size.dtype = f"lora_export.size.{place}", ir.DataType.INT64
+        size.shape = ir.Shape(())
+        counting.graph.outputs.append(size)
+        outputs[size.name] = features(node)[1]
+    answers, products = [], []
+    with _opened(counting) as runner:
+        for run in runs:
+            found = runner.run(run)
+            products.append(sum(int(found.pop(name)) * out for name, out in outputs.items()))
+            answers.append(found)
+    return answers, products
 
 
 @contextlib.contextmanager
@@ -180,37 +212,39 @@ def _flag(place: int) -> str:
     return f"lora_export.keep.{place}"
 
 
-def _products(layers: Mapping[str, Sequence[Node]], runs: Runs) -> float:
-    """Return the products of numbers in one trial on all of `runs`."""
-    sizes = sum(math.prod(features(node)) for nodes in layers.values() for node in nodes)
-    return float(sizes * sum(max(array.size for array in run.values()) for run in runs))
-
-
-def _affordable(layers: Mapping[str, Sequence[Node]], runs: Runs) -> Runs:
-    """Return the first of `runs`, as many as a trial may take."""
-    count = len(runs)
-    while count > 1 and LEAST_TRIALS * _products(layers, runs[:count]) > MOST_PRODUCTS:
+def _affordable(products: Sequence[int]) -> int:
+    """Return on how many of the runs, whose products are given, a trial is made."""
+    count = len(products)
+    while count > 1 and LEAST_TRIALS * sum(products[:count]) > MOST_PRODUCTS:
         count -= 1
-    return runs[:count]
+    return count
 
 
-def _groups(layers: Mapping[str, Sequence[Node]], runs: Runs) -> list[list[str]]:
+def _groups(layers: Sequence[str], products: int) -> list[list[str]]:
     """Return neighbours that are tried together, one by one where that is not too much work."""
-    together = math.ceil(len(layers) * _products(layers, runs) / MOST_PRODUCTS)
-    names = list(layers)
-    return [names[start : start + together] for start in range(0, len(names), together)]
+    together = math.ceil(len(layers) * products / MOST_PRODUCTS)
+    return [list(layers[start : start + together]) for start in range(0, len(layers), together)]
 
 
-def _loss(reference: list[dict[str, Array]], found: list[dict[str, Array]]) -> float:
-    """Return the mean divergence of probabilities, in nats; of embeddings, their mean turn."""
+def _loss(
+    signature: Signature, runs: Runs, reference: Sequence[Answers], found: Sequence[Answers]
+) -> float:
+    """Return the mean loss over the outputs of all runs, padding left out.
+
+    It is the divergence of probabilities, in nats; of embeddings their turn; of values, such as
+    scores, their drift.
+    """
     losses = []
-    for expected, answer in zip(reference, found, strict=True):
-        for name, array in expected.items():
+    evidence = Evidence(signature=signature)
+    for run, expected, answer in zip(runs, reference, found, strict=True):
+        batch = Batch("text", "", run)
+        for name in expected:
             if name.startswith(f"{PRESENT}."):
                 continue
-            if "logits" in name:
-                loss = divergence(probabilities(array), probabilities(answer[name]))
+            a, b = (options(of[name], batch, evidence, name) for of in (expected, answer))
+            if name in deciding(expected):
+                loss = divergence(probabilities(a), probabilities(b))
             else:
-                loss = turn(array, answer[name])
+                loss = drift(a, b) if "logits" in name else turn(a, b)
             losses.append(loss.mean())
     return float(np.mean(losses))

@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 
@@ -39,9 +40,13 @@ def constant(value: Value | None) -> Array | None:
 
 
 def initializer(graph: Graph, name: str, array: Array) -> Value:
-    """Return the initializer `name`, made of `array` if there is none of that name."""
-    if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
+    """Return the initializer that is `array`, made if there is none: `name`, where that is free."""
+    while name in graph.initializers:
+        known = graph.initializers[name].const_value.numpy()
+        if known.dtype == array.dtype and np.array_equal(known, array):
+            return graph.initializers[name]
+        name += "_"  # a weight that is used as it is, and transposed
+    graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
     return graph.initializers[name]
 
 

@@ -47,6 +47,8 @@ def _is_linear(node: Node) -> bool:
     """Whether `node` is a product with a constant matrix of enough columns, and perhaps a sum."""
     if node.op_type not in ("Gemm", "MatMul"):
         return False
+    if node.inputs[0].const_value is not None:
+        return False
     weight, _ = untransposed(node.inputs[1])
     parts = (weight, *(value for value in node.inputs[2:] if value is not None))
     if any(part.const_value is None or part.dtype != _FLOAT for part in parts):

@@ -47,6 +47,7 @@ def quantise(
     model: Model,
     scheme: Scheme,
     kept: Collection[str] = (),
+    wider: Scheme | None = None,
     flags: Mapping[str, Value] | None = None,
 ) -> None:
     """Compute the linear layers of `model` by `scheme`.
@@ -57,20 +58,24 @@ def quantise(
     Args:
         model: Changed in place.
         scheme: A new one.
-        kept: Paths of the layers that stay as they are.
+        kept: Paths of the layers that are not computed by it.
+        wider: What they are computed by; None leaves them as they are.
         flags: Values that say of layers, in every call, that they are to stay as they are.
     """
-    graph = model.graph
-    for layer, nodes in linears(model).items():
-        for node in nodes if layer not in kept else ():
-            new = scheme.product(graph, node)
-            if flags:
-                old = insert(graph, node, node.op_type, node.inputs, node.attributes)
-                new = insert(graph, node, "Where", [flags[layer], old, new])
-            take_place(graph, node, new)
+    graph, tables = model.graph, embeddings(model)
+    layer_of = {node: layer for layer, nodes in linears(model).items() for node in nodes}
+    for node in [node for node in graph if node in layer_of]:  # in their order: they share inputs
+        chosen = wider if layer_of[node] in kept else scheme
+        if chosen is None:
+            continue
+        new = chosen.product(graph, node)
+        if flags:
+            old = insert(graph, node, node.op_type, node.inputs, node.attributes)
+            new = insert(graph, node, "Where", [flags[layer_of[node]], old, new])
+        take_place(graph, node, new)
     if any(node.domain == MICROSOFT for node in graph):
         model.opset_imports[MICROSOFT] = 1
-    for node in embeddings(model):
+    for node in tables:
         _quantise_embedding(model.graph, node)
     tidy(model)
 
@@ -136,7 +141,9 @@ class Static:
         zero = initializer(graph, f"{x.name}_zero", middle)
         values = insert(graph, node, "QuantizeLinear", [x, scale, zero])
         values = insert(graph, node, "DequantizeLinear", [values, scale, zero])
-        integers, scales = symmetric(matrix(node), 0, self.largest)
+        # Where a bias is far larger than its weights, its 32 bits need the coarser scale.
+        least = np.abs(bias[0].const_value.numpy()) / (step * 2**30) if any(bias) else 0
+        integers, scales = symmetric(matrix(node), 0, self.largest, least)
         scales = scales.reshape(-1)
         name = weight.name
         weights = insert(
@@ -153,16 +160,13 @@ class Static:
         if self.signed or not any(bias):
             return _sum(graph, node, insert(graph, node, "MatMul", [values, weights]), bias)
         steps = scales * step
-        sums = np.rint(bias[0].const_value.numpy() / steps)
-        limit = np.iinfo(np.int32)
+        sums = np.rint(bias[0].const_value.numpy() / steps).astype(np.int32)
         rounded = insert(
             graph,
             node,
             "DequantizeLinear",
             [
-                initializer(
-                    graph, f"{node.name}_bias", np.clip(sums, limit.min, limit.max).astype(np.int32)
-                ),
+                initializer(graph, f"{node.name}_bias", sums),
                 initializer(graph, f"{node.name}_bias_scale", steps),
             ],
             axis=0,
@@ -210,15 +214,20 @@ class Blocks:
 
 def largest(target: str) -> int:
     """Return the largest weight of eight bits that does not overflow on a processor."""
-    known = environment.instruction_sets(target)
-    overflows = "avx2" in known and not {"avx512_vnni", "avx_vnni"} & {*known}
-    return SAFE_BYTE if overflows else BYTE
+    known = {*environment.instruction_sets(target)}
+    return BYTE if known & {"avx512_vnni", "avx_vnni", "asimd"} else SAFE_BYTE
 
 
-def symmetric(matrix: Array, axis: int, largest: int = BYTE) -> tuple[Array, Array]:
-    """Return int8 values and float32 scales, one per slice along `axis`, which is kept as 1."""
+def symmetric(
+    matrix: Array, axis: int, largest: int = BYTE, least: Array | float = 0
+) -> tuple[Array, Array]:
+    """Return int8 values and float32 scales, one per slice along `axis`, which is kept as 1.
+
+    No scale is below `least`.
+    """
     most = np.abs(matrix).max(axis=axis, keepdims=True)
     scales = np.maximum(most, np.finfo(np.float32).tiny) / np.float32(largest)
+    scales = np.maximum(scales, least)
     return np.ascontiguousarray(np.rint(matrix / scales).astype(np.int8)), scales.astype(np.float32)
 
 

@@ -33,7 +33,12 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 OPTIONS = {"target": PRECISIONS}
 # The instruction sets of the targets, as torch names them.
 _AVX512 = {"avx512", "avx512_vnni"}
-_INSTRUCTIONS = {"generic": {"avx2"}, "cpu-avx512": _AVX512, "cpu-amx": {*_AVX512, "amx_tile"}}
+_INSTRUCTIONS = {
+    "native": None,
+    "generic": {"avx2"},
+    "cpu-avx512": _AVX512,
+    "cpu-amx": {*_AVX512, "amx_tile"},
+}
 _BUILD_ID = re.compile(rb"(\x04\0{3}\x14\0{3}\x03\0{3}GNU\0).{20}", re.DOTALL)  # an ELF note
 _INSIDE = "data/aotinductor/model/"  # where torch's loader looks
 
@@ -117,7 +122,7 @@ def open_runner(path: Path, threads: int) -> AotiRunner:
 @contextlib.contextmanager
 def _compiling_for(target: str) -> Iterator[None]:
     """Have torch choose among the instructions of `target`; raises `ExportFailed` without any."""
-    allowed = _INSTRUCTIONS.get(target)
+    allowed = _INSTRUCTIONS[target]
     if allowed is None:
         yield
         return

@@ -55,7 +55,9 @@ def export(request: Request) -> None:
     tokenizer = _tokenizer(request) if form.text else None
     graph = graph_of(request)
     if form.precision in registry.CALIBRATED:
-        graph.metadata_props.update(_onnx_choose.narrow(graph, form, request.calibration))
+        graph.metadata_props.update(
+            _onnx_choose.narrow(graph, signature, form, request.calibration)
+        )
     if tokenizer is not None:
         _onnx_text.compose(graph, tokenizer, signature)
     _onnx_translate.save(graph, path, apart=form.external_data)

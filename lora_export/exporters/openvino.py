@@ -20,7 +20,7 @@ from lora_export.runners.openvino import OpenvinoRunner, package
 
 SUFFIX = ".xml"
 PRECISIONS = ("fp32", "bf16", "int8")
-OPTIONS = {"optimize": PRECISIONS, "static": ("int8",), "target": ("int8",)}
+OPTIONS = {"optimize": PRECISIONS, "target": ("int8",)}
 _NOTE = "lora_export"
 
 
@@ -48,7 +48,9 @@ def export(request: Request) -> None:
         model, about = onnx.graph_of(dataclasses.replace(request, about={})), dict(request.about)
         if request.form.precision in registry.CALIBRATED:
             form = dataclasses.replace(request.form, static=True)
-            about |= _onnx_choose.narrow(model, form, request.calibration, signed=True)
+            about |= _onnx_choose.narrow(
+                model, request.signature, form, request.calibration, signed=True
+            )
         _onnx_translate.save(model, graph)
         try:
             read = openvino.Core().read_model(str(graph))
