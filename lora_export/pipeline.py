@@ -102,7 +102,7 @@ def run(
         artifacts = {}
         for name in formats:
             say(f"exporting {name}")
-            artifacts[name] = stages.export_stage(name, subject, folder)
+            artifacts[name] = stages.export_stage(name, subject, folder, say=say)
         batches = stages.batches_of(subject, texts, labels, seed)
         say(f"comparing on {inputs.summary(batches)}")
         runners = stages.open_runners(artifacts, folder, threads)
@@ -125,6 +125,8 @@ def run(
         )
         say("judging")
         settings = job.settings(seed=seed, formats=list(formats), inputs=inputs.summary(batches))
+        settings["runtimes"] = stages.settings_of((*timed.values(), *runners.values()), threads)
+        settings["warm_up"] = timing.WARM_UP
         if count := sum(1 for _ in recomputed.updates(unmerged)):
             settings["notes"].append(
                 f"{count} weights of the unmerged model have no LoRA layer and are computed anew "
@@ -185,7 +187,7 @@ def export_file(
     with timing.all_threads() as threads, publishing.staged(target, overwrite=overwrite) as path:
         say(f"exporting {name}")
         held, before, begun = resident_memory(), peak_memory(), time.perf_counter()
-        artifact = stages.export_stage(name, subject, path.parent, path.name, wanted, examples)
+        artifact = stages.export_stage(name, subject, path.parent, path.name, wanted, examples, say)
         peak = peak_memory()
         cost = [
             Measurement("export", name, time.perf_counter() - begun, "s", 1),
@@ -207,6 +209,7 @@ def export_file(
         )
         digests = (*storage.digest_tree(source), *map(storage.digest, inputs.files(given)))
         settings: dict[str, Any] = {"seed": seed, "inputs": inputs.summary(batches), **vars(wanted)}
+        settings["runtimes"] = stages.settings_of([runner], threads)
         settings["notes"] = notes = []
         if calibration is not None:
             settings["calibration"] = Path(calibration).name

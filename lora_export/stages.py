@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,13 @@ def export_stage(
     file: str | None = None,
     form: Form = PLAIN,
     examples: Sequence[str] = (),
+    say: Callable[[str], None] = lambda stage: None,
 ) -> Artifact:
     """Export the merged model to `folder` and return what is found in the written file.
 
     The tokenizer goes beside it: to FILE.tokenizer, or where no `file` is named to `tokenizer`,
     which all artifacts of the folder share. `examples` are texts to choose by what keeps its
-    precision; none are those that come with the package.
+    precision; none are those that come with the package. `say` is called with each stage.
 
     Raises:
         InputError: the format has no such form.
@@ -124,7 +125,7 @@ def export_stage(
         runs = calibration(subject, examples) if form.precision in registry.CALIBRATED else ()
         exporter.export(
             exporters.Request(
-                model, subject.signature, example, known, path, form, runs, subject.tokens
+                model, subject.signature, example, known, path, form, runs, subject.tokens, say
             )
         )
     beside = folder / (f"{file}.tokenizer" if file else "tokenizer")
@@ -242,6 +243,11 @@ def replies(subject: Subject, runner: Runner, batches: Iterable[Batch]) -> tuple
         expected = {name: batch.arrays[name] for name in made}
         found.append(Reply(batch.texts, expected, made, labels, answers))
     return tuple(found)
+
+
+def settings_of(runners: Iterable[Runner], threads: int) -> dict[str, Any]:
+    """Return how the runtime of each runner was set, by its name."""
+    return {r.name: getattr(r, "settings", {"torch_threads": threads}) for r in runners}
 
 
 def merged_evidence(subject: Subject, batches: tuple[Batch, ...]) -> Evidence:

@@ -36,6 +36,10 @@ def exported(family, path, calibration=(), **form):
     return interface.signature, path
 
 
+def asked(signature, runs, precision):
+    return exporters.Request(None, signature, {}, {}, None, Form(precision), runs)
+
+
 def counts(path):
     return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
@@ -197,7 +201,7 @@ def test_the_largest_values_suffice_to_find_every_share():
 
 def test_static_ranges_need_inputs(full, graph):
     with pytest.raises(InputError, match="needs inputs to find ranges on"):
-        _onnx_choose.narrow(graph, full[0], Form("int8", static=True), [])
+        _onnx_choose.narrow(graph, asked(full[0], [], "int8"), static=True)
 
 
 def test_the_static_file_is_run_on_integers(full, runs, tmp_path, monkeypatch):
@@ -429,11 +433,20 @@ def test_a_model_in_which_nothing_would_be_narrow_is_refused(full, graph, runs, 
     """A file of float32 would pass every check, and be called int8."""
     monkeypatch.setattr(_onnx_choose, "TARGET", -1.0)
     with pytest.raises(ExportFailed, match="int8 costs too much in each of 12 layers"):
-        _onnx_choose.narrow(graph, full[0], Form("int8"), runs)
+        _onnx_choose.narrow(graph, asked(full[0], runs, "int8"), static=False)
     monkeypatch.setattr(_onnx_choose, "linears", lambda _: {})
-    for form in (Form("int8"), Form("int8", static=True), Form("int4")):
-        with pytest.raises(ExportFailed, match=f"no linear layer that {form.precision}"):
-            _onnx_choose.narrow(graph, full[0], form, runs)
+    for precision, static in (("int8", False), ("int8", True), ("int4", False)):
+        with pytest.raises(ExportFailed, match=f"no linear layer that {precision}"):
+            _onnx_choose.narrow(graph, asked(full[0], runs, precision), static=static)
+
+
+def test_a_long_search_says_what_it_does(full, graph, runs):
+    stages = []
+    request = dataclasses.replace(asked(full[0], runs, "int8"), say=stages.append)
+    _onnx_choose.narrow(graph, request, static=True)
+    assert stages[0] == "finding the ranges of activations"
+    assert stages[1].startswith("trying each of 12 layers alone")
+    assert stages[2] == "finding how many of them have to stay wider"
 
 
 def one_output(name, axes):

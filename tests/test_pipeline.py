@@ -366,3 +366,19 @@ def test_the_data_file_of_a_replaced_graph_goes_with_it(finished, tmp_path):
     assert (tmp_path / "m.onnx.data").is_file()
     _exported(finished[0], tmp_path / "m.onnx", overwrite=True)
     assert not (tmp_path / "m.onnx.data").exists()
+
+
+def test_the_certificate_says_how_each_runtime_was_set(finished):
+    """Threads, spinning and memory: what a latency depends on beside the file."""
+    settings = finished[1].settings
+    threads = finished[1].environment["threads"]
+    assert settings["runtimes"].keys() == {"unmerged", "merged", "onnx", "torchscript"}
+    assert settings["runtimes"]["torchscript"] == {"torch_threads": threads}
+    assert settings["runtimes"]["onnx"] == {
+        "intra_op_threads": threads,
+        "inter_op_threads": 1,
+        "spinning": False,
+        "memory_arena": True,
+        "graph_optimization": "ORT_ENABLE_ALL",
+    }
+    assert settings["warm_up"] == timing.WARM_UP

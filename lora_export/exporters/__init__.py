@@ -21,7 +21,7 @@ Everything else (staging, digests, parity, latency, verdicts) follows from these
 import contextlib
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ class Request:
         form: Precision, and what else can be chosen.
         calibration: Inputs of real texts or pictures, to choose by what to keep in full precision.
         tokens: The tokenizer; None for a model of pictures.
+        say: To be called with each stage of a long export as it begins.
     """
 
     model: "nn.Module"
@@ -61,6 +62,7 @@ class Request:
     form: Form = PLAIN
     calibration: Sequence[Mapping[str, Array]] = ()
     tokens: Any = None
+    say: Callable[[str], None] = lambda stage: None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from lora_export.compare import deciding, divergence, drift, options, probabilities, turn
 from lora_export.environment import cores
 from lora_export.errors import ExportFailed, InputError
-from lora_export.exporters import _onnx_translate
+from lora_export.exporters import Request, _onnx_translate
 from lora_export.exporters._onnx_graph import Model, insert
 from lora_export.exporters._onnx_layers import features, linears
 from lora_export.exporters._onnx_schemes import (
@@ -30,7 +30,7 @@ from lora_export.exporters._onnx_schemes import (
     largest,
     quantise,
 )
-from lora_export.records import PRESENT, Array, Batch, Evidence, Form, Signature
+from lora_export.records import PRESENT, Array, Batch, Evidence, Signature
 from lora_export.runners.onnx import OnnxRunner
 
 # Mean loss on the calibration inputs that is good enough: a 20th of what `checks.fidelity` allows,
@@ -51,48 +51,50 @@ Runs: TypeAlias = Sequence[Mapping[str, Array]]
 Making: TypeAlias = Callable[[], Scheme]  # a scheme serves one graph, so each graph gets a new one
 
 
-def narrow(
-    model: Model, signature: Signature, form: Form, runs: Runs, *, signed: bool = False
-) -> dict[str, str]:
-    """Give the linear layers of `model` the narrow weights of `form`.
+def narrow(model: Model, request: Request, *, static: bool, signed: bool = False) -> dict[str, str]:
+    """Give the linear layers of `model` the narrow weights that are asked for.
 
     Returns what the artifact should say of it: which layers keep wider ones, and how the others
     were made.
 
     Args:
         model: Changed in place.
-        signature: Its inputs and outputs.
-        form: In eight or four bits. Layers that four bits cost too much get eight.
-        runs: Inputs of real texts or pictures.
+        request: Asks for eight or four bits. Layers that four bits cost too much get eight.
+        static: Whether eight bits are `Static`.
         signed: See `Static`.
 
     Raises:
         InputError: static ranges are asked for, and there are no inputs to find them on.
         ExportFailed: no layer of the model can have such weights.
     """
-    layers = linears(model)
+    layers, form, runs = linears(model), request.form, request.calibration
     if not layers:
         raise ExportFailed(f"the model has no linear layer that {form.precision} is written for")
     schemes: list[Making]
     if form.precision == "int4":
         schemes = [Blocks]
-    elif form.static:
+    elif static:
         if not runs:
             raise InputError("static int8 needs inputs to find ranges on")
+        request.say("finding the ranges of activations")
         found, most = ranges(model, runs), largest(form.target)
         schemes = [partial(Static, each, signed=signed, largest=most) for each in found]
     else:
         schemes = [partial(Dynamic, largest(form.target))]
-    best, kept = choose(model, signature, runs, schemes)
+    best, kept = choose(model, request.signature, runs, schemes, request.say)
     if len(kept) == len(layers):
         raise ExportFailed(f"{form.precision} costs too much in each of {len(layers)} layers")
     quantise(model, best(), kept, Blocks(bits=8) if form.precision == "int4" else None)
-    made = {"layers": len(layers), "static": form.static, "target": form.target}
+    made = {"layers": len(layers), "static": static, "target": form.target}
     return {KEPT: json.dumps(kept), MADE: json.dumps(made)}
 
 
 def choose(
-    model: Model, signature: Signature, runs: Runs, schemes: Sequence[Making]
+    model: Model,
+    signature: Signature,
+    runs: Runs,
+    schemes: Sequence[Making],
+    say: Callable[[str], None] = lambda stage: None,
 ) -> tuple[Making, tuple[str, ...]]:
     """Return the scheme that loses least, and the layers to keep as they are.
 
@@ -119,8 +121,10 @@ def choose(
         if loss(()) <= TARGET:
             return best, ()
         groups = _groups(list(layers), sum(products))
+        say(f"trying each of {len(groups)} layers alone, or neighbours together")
         alone = [loss(layers.keys() - set(group)) for group in groups]
         kept: list[str] = []
+        say("finding how many of them have to stay wider")
         for place in np.argsort(alone, kind="stable")[::-1]:
             kept += groups[place]
             if loss(kept) <= TARGET:

@@ -1,6 +1,6 @@
 """Ways to compute a linear layer with narrow weights, and to write them into an ONNX graph."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,9 +38,6 @@ class Scheme(Protocol):
 
     def product(self, graph: Graph, node: Node) -> Value:
         """Insert what computes the output of the linear layer `node` before it; return that."""
-
-
-Schemes = Callable[[], Scheme]
 
 
 def quantise(

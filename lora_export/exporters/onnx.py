@@ -55,11 +55,10 @@ def export(request: Request) -> None:
     tokenizer = _tokenizer(request) if form.text else None
     graph = graph_of(request)
     if form.precision in registry.CALIBRATED:
-        graph.metadata_props.update(
-            _onnx_choose.narrow(graph, signature, form, request.calibration)
-        )
+        graph.metadata_props.update(_onnx_choose.narrow(graph, request, static=form.static))
     if tokenizer is not None:
         _onnx_text.compose(graph, tokenizer, signature)
+    request.say("writing the graph and its weights")
     _onnx_translate.save(graph, path, apart=form.external_data)
     if (data := path.with_name(f"{path.name}.data")).is_file():
         if form.text:
@@ -82,6 +81,7 @@ def graph_of(request: Request) -> Model:
     ins, outs = ([spec.name for spec in side] for side in (signature.inputs, signature.outputs))
     try:
         with _quiet():
+            request.say("translating the program to ONNX")
             graph = _onnx_translate.translate(program, weights, ins, outs, OPSET)
             _clean(graph, request.about)
             _declare_axes(graph, signature)

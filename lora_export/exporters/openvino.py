@@ -47,10 +47,7 @@ def export(request: Request) -> None:
         onnx = exporters.load("onnx")
         model, about = onnx.graph_of(dataclasses.replace(request, about={})), dict(request.about)
         if request.form.precision in registry.CALIBRATED:
-            form = dataclasses.replace(request.form, static=True)
-            about |= _onnx_choose.narrow(
-                model, request.signature, form, request.calibration, signed=True
-            )
+            about |= _onnx_choose.narrow(model, request, static=True, signed=True)
         _onnx_translate.save(model, graph)
         try:
             read = openvino.Core().read_model(str(graph))

@@ -5,6 +5,8 @@ A runner is any object with two attributes and a method:
     name: str                              "onnx"
     precision: str                         what it really computes in: "float32"
     run(inputs) -> dict[str, Array]
+    settings: dict[str, Any]               optional: how its runtime was set, for the certificate;
+                                           without, it has torch's number of threads
 
 It takes the number of threads when it is made, and keeps to it.
 """

@@ -29,6 +29,13 @@ class OnnxRunner:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        self.settings = {
+            "intra_op_threads": threads,
+            "inter_op_threads": options.inter_op_num_threads,
+            "spinning": False,
+            "memory_arena": options.enable_cpu_mem_arena,
+            "graph_optimization": options.graph_optimization_level.name,
+        }
         try:
             self.session = onnxruntime.InferenceSession(
                 model if isinstance(model, bytes) else str(model),

@@ -25,7 +25,7 @@ class OpenvinoRunner:
     name = "openvino"
 
     def __init__(self, path: Path, threads: int, precision: str = "f32") -> None:
-        options = {
+        self.settings = options = {
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": "1",
