@@ -119,7 +119,9 @@ def test_one_command_exports_it_and_every_verdict_passes(merged, tmp_path, famil
     certificate = pipeline.export_file("torchscript", model=merged(family), out=out)
     assert certificate.ok, [v for v in certificate.verdicts if not v.passed]
     peak = {m.subject: m.value for m in certificate.measurements if m.name == "peak memory"}
-    assert peak.keys() == {"torchscript, model included", "torchscript, above the model"}
-    assert 0 <= peak["torchscript, above the model"] < peak["torchscript, model included"]
+    whole = peak.pop("torchscript, model included")
+    # The second is left out where an earlier test of this process held more.
+    assert peak.keys() <= {"torchscript, above the model"}
+    assert all(0 < above < whole for above in peak.values())
     beside = tmp_path / "model.pt.tokenizer"
     assert (beside / "tokenizer.json").is_file()

@@ -382,3 +382,16 @@ def test_the_certificate_says_how_each_runtime_was_set(finished):
         "graph_optimization": "ORT_ENABLE_ALL",
     }
     assert settings["warm_up"] == timing.WARM_UP
+
+
+@pytest.mark.parametrize("rises", [True, False])
+def test_the_peak_of_something_earlier_is_not_that_of_an_export(
+    finished, tmp_path, monkeypatch, rises
+):
+    peaks = iter([9e9, 9e9 + 5e8 * rises])
+    monkeypatch.setattr(pipeline, "peak_memory", lambda: next(peaks))
+    monkeypatch.setattr(pipeline, "resident_memory", lambda: int(8e9))
+    certificate, _ = _exported(finished[0], tmp_path / "m.onnx")
+    found = {m.subject: m.value for m in certificate.measurements if m.name == "peak memory"}
+    assert found["onnx, model included"] == 9000 + 500 * rises
+    assert found.get("onnx, above the model") == (1500 if rises else None)
