@@ -107,6 +107,22 @@ def turn(a: Array, b: Array) -> Array:
     return found
 
 
+def differing(expected: Mapping[str, Array], found: Mapping[str, Array], count: int) -> list[int]:
+    """Return which of `count` rows are not in all arrays of `found` what they are in `expected`.
+
+    Where there are no arrays, or a name or a shape differs, it is all of them.
+    """
+    if not expected or {n: a.shape for n, a in expected.items()} != {
+        n: a.shape for n, a in found.items()
+    }:
+        return list(range(count))
+    return [
+        row
+        for row in range(count)
+        if any((found[name][row] != array[row]).any() for name, array in expected.items())
+    ]
+
+
 def drift(a: Array, b: Array) -> Array:
     """Return the squared distance of the values `b` from `a`, in units of the variance of `a`."""
     a, b = a.astype(np.float64), b.astype(np.float64)

@@ -1,7 +1,5 @@
 """Rewrites of ONNX graphs: what they change, what they leave alone, and what int8 may cost."""
 
-import collections
-
 import families
 import numpy as np
 import onnx
@@ -9,30 +7,13 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper
+from onnx_made import arrays_of, counts, exported
 
-from lora_export import calling, exporters, inputs, models
+from lora_export import inputs
 from lora_export.exporters import _onnx_speed, _onnx_translate
-from lora_export.records import Form
 from lora_export.runners.onnx import OnnxRunner
 
 HIDDEN = 32
-
-
-def exported(family, path, calibration=(), **form):
-    """Write a small model."""
-    model = families.build(family)
-    interface = calling.interface_of(model, families.tokens_of(model))
-    example, bound = inputs.example(interface.signature), interface.bind(model)
-    request = exporters.Request(
-        bound, interface.signature, example, {}, path, Form(**form), calibration
-    )
-    with models.quiet():
-        exporters.load("onnx").export(request)
-    return interface.signature, path
-
-
-def counts(path):
-    return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +26,6 @@ def both(tmp_path_factory):
 
 
 # ---------------------------------------------------------------- at equal precision
-
-
-def _arrays(path):
-    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 
 
 def test_products_with_a_bias_become_one_operation(both):
@@ -153,11 +130,11 @@ def test_numbers_are_written_as_protobuf_writes_them(number):
 
 
 def test_weights_have_the_names_that_they_have_in_the_model(both):
-    names = set(_arrays(both[2]))
+    names = set(arrays_of(both[2]))
     assert "model.bert.encoder.layer.0.intermediate.dense.weight" in names  # not a small one
     model = families.build("bert-tokens")
     shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: array.shape for name, array in _arrays(both[2]).items() if name in shapes}
+    found = {name: array.shape for name, array in arrays_of(both[2]).items() if name in shapes}
     assert found == {name: shapes[name] for name in found}
     assert len(found) >= 20
 

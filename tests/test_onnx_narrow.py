@@ -11,8 +11,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnx_made import arrays_of, counts, exported
 
-from lora_export import calling, environment, exporters, inputs, models
+from lora_export import calling, environment, exporters, inputs
 from lora_export.errors import ExportFailed, InputError
 from lora_export.exporters import _onnx_choose, _onnx_schemes, _onnx_translate
 from lora_export.exporters._onnx_choose import choose, ranges
@@ -24,24 +25,8 @@ from lora_export.runners.onnx import OnnxRunner
 HIDDEN = 32
 
 
-def exported(family, path, calibration=(), **form):
-    model = families.build(family)
-    interface = calling.interface_of(model, families.tokens_of(model))
-    example, bound = inputs.example(interface.signature), interface.bind(model)
-    request = exporters.Request(
-        bound, interface.signature, example, {}, path, Form(**form), calibration
-    )
-    with models.quiet():
-        exporters.load("onnx").export(request)
-    return interface.signature, path
-
-
 def asked(signature, runs, precision):
     return exporters.Request(None, signature, {}, {}, None, Form(precision), runs)
-
-
-def counts(path):
-    return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +61,14 @@ def eight_bits(tmp_path_factory):
     )[1]
 
 
-def _arrays(path):
-    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
-
-
 def test_weights_and_embeddings_are_signed_bytes(full, eight_bits):
-    small, large = (sum(a.nbytes for a in _arrays(path).values()) for path in (eight_bits, full[1]))
+    small, large = (
+        sum(a.nbytes for a in arrays_of(path).values()) for path in (eight_bits, full[1])
+    )
     assert small < 0.4 * large
-    bytes_of = [a for a in _arrays(eight_bits).values() if a.dtype == np.int8 and a.ndim == 2]
+    bytes_of = [a for a in arrays_of(eight_bits).values() if a.dtype == np.int8 and a.ndim == 2]
     assert len(bytes_of) == 12 + 3
-    assert not any(a.dtype == np.uint8 and a.ndim for a in _arrays(eight_bits).values())
+    assert not any(a.dtype == np.uint8 and a.ndim for a in arrays_of(eight_bits).values())
     assert counts(eight_bits)["MatMulInteger"] == 12
 
 
@@ -96,12 +79,14 @@ def test_layers_that_share_an_input_share_its_bytes(eight_bits):
 
 def test_a_head_of_few_outputs_stays_in_float(eight_bits):
     """What costs nothing and decides the answer."""
-    assert [a.shape for a in _arrays(eight_bits).values() if a.shape in [(HIDDEN, 5), (5, HIDDEN)]]
+    assert [
+        a.shape for a in arrays_of(eight_bits).values() if a.shape in [(HIDDEN, 5), (5, HIDDEN)]
+    ]
 
 
 def test_the_weights_are_rounded_to_the_nearest_byte_of_their_column(full, eight_bits):
-    floats = {a.tobytes(): a for a in _arrays(full[1]).values() if a.ndim == 2}
-    found = _arrays(eight_bits)
+    floats = {a.tobytes(): a for a in arrays_of(full[1]).values() if a.ndim == 2}
+    found = arrays_of(eight_bits)
     checked = 0
     for name, array in found.items():
         if not name.endswith("_int8") or f"{name.removesuffix('_int8')}_scale" not in found:
@@ -248,7 +233,7 @@ def test_a_file_for_any_processor_has_safe_weights(full, runs, tmp_path, static)
     largest = {}
     for target in ("generic", "cpu-avx512"):
         _, path = exported("bert-tokens", tmp_path / target, runs, target=target, **form)
-        found = [a for n, a in _arrays(path).items() if n.endswith("weight_int8") and a.ndim == 2]
+        found = [a for n, a in arrays_of(path).items() if n.endswith("weight_int8") and a.ndim == 2]
         tables = [a for a in found if a.shape[0] in (100, 64, 2)]  # of embeddings: only looked up
         largest[target] = max(np.abs(a.astype(int)).max() for a in found if not any(
             a is table for table in tables))  # fmt: skip
@@ -534,7 +519,7 @@ def test_an_embedding_is_made_bytes_of_once(full, runs, tmp_path):
     _, four = exported("bert-tokens", tmp_path / "four.onnx", runs, precision="int4")
     _, eight = exported("bert-tokens", tmp_path / "eight.onnx", runs, precision="int8")
     assert counts(four)["Gather"] == counts(eight)["Gather"]
-    assert not [name for name in _arrays(four) if "scale_" in name]
+    assert not [name for name in arrays_of(four) if "scale_" in name]
 
 
 @pytest.mark.parametrize("form", [{"precision": "int8"}, {"precision": "int4"},

@@ -63,7 +63,7 @@ def _judge(artifact: Artifact, evidence: Evidence) -> list[Verdict]:
 
 
 def _decisions(name: str, outputs: list[str], real: list[int], evidence: Evidence) -> list[Verdict]:
-    flips, coins, compared, drift = 0, 0, 0, 0.0
+    flips, coins, compared, diverged = 0, 0, 0, 0.0
     for index in real:
         for output in outputs:
             p, q = (_probabilities(name_of, index, output, evidence) for name_of in _both(name))
@@ -72,10 +72,10 @@ def _decisions(name: str, outputs: list[str], real: list[int], evidence: Evidenc
             flips += int((differs & ~(margins <= COIN)).sum())
             coins += int((differs & (margins <= COIN)).sum())
             compared += differs.size
-            drift += float(divergence(p, q).sum())
+            diverged += float(divergence(p, q).sum())
     note = f"{flips} of {compared} decisions differ"
     note += f"; {coins} more where the reference tosses a coin" if coins else ""
-    share, mean = (flips / compared, drift / compared) if compared else (np.nan, np.nan)
+    share, mean = (flips / compared, diverged / compared) if compared else (np.nan, np.nan)
     return [
         _within("fidelity", f"{name}, decisions", share, MOST_FLIPS, "share", compared, note),
         _within(

@@ -7,7 +7,7 @@ sentences, token by token. What comes out behind it is judged by `parity` and `d
 import numpy as np
 
 from lora_export import checks
-from lora_export.compare import probabilities
+from lora_export.compare import differing, probabilities
 from lora_export.errors import listed
 from lora_export.records import PROBABILITIES, Array, Evidence, Reply, Signature, Verdict
 
@@ -36,28 +36,13 @@ def _tokens(replies: tuple[Reply, ...]) -> Verdict:
     wrong = [
         reply.texts[row]
         for reply in replies
-        for row in range(len(reply.texts))
-        if not _same(reply, row)
+        for row in differing(reply.expected, reply.found, len(reply.texts))
     ]
     count = sum(len(reply.texts) for reply in replies)
     note = f"ids and mask of {count - len(wrong)} of {count} texts are the tokenizer's"
     if wrong:
         note = listed(note, (repr(text[:40]) for text in wrong))
     return checks.counted("text", "tokens", len(wrong), count, "texts", note)
-
-
-def _same(reply: Reply, row: int) -> bool:
-    """Whether one text came out as the tokenizer has it; arrays of another shape never do."""
-    names = reply.expected.keys()
-    return (
-        bool(names)
-        and names == reply.found.keys()
-        and all(
-            reply.found[name].shape == reply.expected[name].shape
-            and bool((reply.found[name][row] == reply.expected[name][row]).all())
-            for name in names
-        )
-    )
 
 
 def _labels(replies: tuple[Reply, ...], signature: Signature) -> Verdict:

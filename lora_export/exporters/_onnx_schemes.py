@@ -131,8 +131,7 @@ class Static:
     def product(self, graph: Graph, node: Node) -> Value:
         """See `Scheme`."""
         x, weight, *bias = node.inputs
-        least = float(np.finfo(np.float32).tiny)
-        step = np.float32(max(self.ranges[x.name], least) / BYTE)
+        step = np.float32(max(self.ranges[x.name], float(np.finfo(np.float32).tiny)) / BYTE)
         middle = np.array(0, np.int8) if self.signed else np.array(128, np.uint8)
         scale = initializer(graph, f"{x.name}_scale", np.array(step))
         zero = initializer(graph, f"{x.name}_zero", middle)
@@ -143,31 +142,21 @@ class Static:
         integers, scales = symmetric(matrix(node), 0, self.largest, least)
         scales = scales.reshape(-1)
         name = weight.name
-        weights = insert(
-            graph,
-            node,
-            "DequantizeLinear",
-            [
-                initializer(graph, f"{name}_int8", integers),
-                initializer(graph, f"{name}_scale", scales),
-                initializer(graph, f"{name}_zero", np.zeros(scales.size, np.int8)),
-            ],
-            axis=1,
-        )
+        known = [
+            initializer(graph, f"{name}_int8", integers),
+            initializer(graph, f"{name}_scale", scales),
+            initializer(graph, f"{name}_zero", np.zeros(scales.size, np.int8)),
+        ]
+        weights = insert(graph, node, "DequantizeLinear", known, axis=1)
         if self.signed or not any(bias):
             return _sum(graph, node, insert(graph, node, "MatMul", [values, weights]), bias)
         steps = scales * step
         sums = np.rint(bias[0].const_value.numpy() / steps).astype(np.int32)
-        rounded = insert(
-            graph,
-            node,
-            "DequantizeLinear",
-            [
-                initializer(graph, f"{node.name}_bias", sums),
-                initializer(graph, f"{node.name}_bias_scale", steps),
-            ],
-            axis=0,
-        )
+        known = [
+            initializer(graph, f"{node.name}_bias", sums),
+            initializer(graph, f"{node.name}_bias_scale", steps),
+        ]
+        rounded = insert(graph, node, "DequantizeLinear", known, axis=0)
         return insert(graph, node, "Gemm", [values, weights, rounded])
 
 

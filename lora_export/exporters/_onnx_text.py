@@ -13,10 +13,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_export import inputs
+from lora_export.compare import differing
 from lora_export.errors import ExportFailed, InputError, first_line, listed
 from lora_export.exporters._onnx_graph import Model, Value
 from lora_export.exporters._onnx_tokenizer import OPSETS, stated
-from lora_export.records import LABEL, PROBABILITIES, TEXT, Batch, Signature
+from lora_export.records import LABEL, PROBABILITIES, TEXT, Signature
 from lora_export.runners.onnx import OnnxTextRunner, text_library
 
 _IDS = ("input_ids", "attention_mask", "token_type_ids")
@@ -94,7 +95,12 @@ def prove(path: Path, tokens: Any, signature: Signature) -> None:
     batches = (*inputs.hard_batches(tokens, signature), *sentences)
     try:
         runner = open_runner(path, 1)
-        wrong = [text for batch in batches for text in differing(runner, batch)]
+        wrong = []
+        for batch in batches:
+            found = runner.tokenize(batch.texts)
+            expected = {name: batch.arrays[name] for name in found}
+            rows = differing(expected, found, len(batch.texts))
+            wrong += [batch.texts[row] for row in rows]
     except Exception as error:  # onnxruntime's own class of errors is a plain Exception
         why = first_line(error)
         raise ExportFailed(f"the graph with the tokenizer inside does not run: {why}") from error
@@ -106,18 +112,6 @@ def prove(path: Path, tokens: Any, signature: Signature) -> None:
                 (repr(text[:40]) for text in wrong),
             )
         )
-
-
-def differing(runner: OnnxTextRunner, batch: Batch) -> list[str]:
-    """Return the texts of `batch` of which the file makes other ids or another mask."""
-    found = runner.tokenize(batch.texts)
-    if any(array.shape != batch.arrays[name].shape for name, array in found.items()):
-        return list(batch.texts)
-    return [
-        text
-        for row, text in enumerate(batch.texts)
-        if any((array[row] != batch.arrays[name][row]).any() for name, array in found.items())
-    ]
 
 
 def open_runner(path: Path, threads: int) -> OnnxTextRunner:

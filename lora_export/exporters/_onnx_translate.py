@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from lora_export.exporters._onnx_graph import Model, Node, Value
+from lora_export.publishing import COMPANION
 
 # A protobuf ends at 2 GiB; above this the weights go to a second file.
 LARGE = 1_500_000_000
@@ -66,19 +67,20 @@ def translate(
     return model
 
 
-def save(model: Model, path: Path, *, apart: bool = False) -> None:
+def save(model: Model, path: Path, *, apart: bool = False) -> Path | None:
     """Write `model` with its weights, weight by weight: nothing is held twice.
 
     It is one file, or where the weights are to stand `apart` or are too many for a protobuf, two:
-    they go to NAME.onnx.data.
+    they go to NAME.onnx.data, which is then returned.
 
     The fields are those of `ModelProto`; within the graph the weights come last, which any reader
     of protobuf accepts.
     """
     weights = list(model.graph.initializers.values())
     if apart or sum(value.const_value.nbytes for value in weights) > LARGE:
-        ir.save(model, path, external_data=f"{path.name}.data")
-        return
+        data = path.with_name(path.name + COMPANION)
+        ir.save(model, path, external_data=data.name)
+        return data
     model.graph.initializers.clear()
     try:
         frame = ir.to_proto(model)
@@ -98,6 +100,7 @@ def save(model: Model, path: Path, *, apart: bool = False) -> None:
         for prefix, head, value in zip(prefixes, heads, weights, strict=True):
             file.write(prefix + head)
             value.const_value.tofile(file)
+    return None
 
 
 def _attach(model: Model, weights: Mapping[str, Tensor]) -> None:

@@ -59,8 +59,7 @@ def export(request: Request) -> None:
     if tokenizer is not None:
         _onnx_text.compose(graph, tokenizer, signature)
     request.say("writing the graph and its weights")
-    _onnx_translate.save(graph, path, apart=form.external_data)
-    if (data := path.with_name(f"{path.name}.data")).is_file():
+    if data := _onnx_translate.save(graph, path, apart=form.external_data):
         if form.text:
             raise ExportFailed("ONNX: the model is too large for one file, as text needs it")
         _tie(path, data)
