@@ -19,7 +19,7 @@ from lora_export.errors import InputError
 from lora_export.records import Array
 
 T = TypeVar("T")
-SCHEMA = 4
+SCHEMA = 5
 _ARRAY = "array:"
 
 

@@ -270,6 +270,7 @@ class Artifact:
     leaked_paths: tuple[str, ...]  # paths of the exporting machine found inside the files
     beside: tuple[FileDigest, ...] = ()  # the tokenizer, or what prepares pictures
     precision: str = "fp32"  # of its weights: fp32, fp16, bf16, int8
+    operators: Mapping[str, int] = field(default_factory=dict)  # how often each is in the graph
 
     @property
     def all_files(self) -> tuple[FileDigest, ...]:
@@ -355,6 +356,7 @@ class Recording:
     runner: str
     precision: str
     outputs: tuple[Mapping[str, Array], ...]
+    errors: tuple[str, ...] = ()  # what it raised, for each batch; none where it answered them all
 
 
 @dataclass(frozen=True)
@@ -385,6 +387,105 @@ class WeightAudit:
     largest_ulp: float
     unmoved: int  # elements whose update exceeds half an ulp, and which equal the base all the same
     lost_share: float  # ||stored - exact|| / ||update||: share of the update lost in rounding
+    # How much of the update is in the stored tensor: 1 all of it, 0 none, 2 twice. NaN where there
+    # is no update.
+    applied: float = 1.0
+    # ||stored - base - applied * update|| / ||stored - base||: what is no multiple of the update
+    strange: float = 0.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One tensor of the merged checkpoint, and where an artifact has it."""
+
+    artifact: str  # its format
+    tensor: str
+    found: tuple[str, ...]  # names inside the artifact; where it is not there, the most similar
+    how: str  # "as it is", "transposed", "rows 0 to 384", ...; "missing"
+    elements: int
+    differing: int  # elements whose bits differ
+    largest: float  # absolute difference of an element
+
+
+@dataclass(frozen=True)
+class GraphAnswer:
+    """What an artifact's own graph gives for one batch when it is evaluated in float64."""
+
+    artifact: str
+    batch: int  # index into the evidence's batches
+    expected: Mapping[str, Array]  # of the merged model in float64
+    found: Mapping[str, Array]
+    error: str = ""  # why the graph could not be evaluated
+
+
+@dataclass(frozen=True)
+class ModuleOutput:
+    """The output of one module, in the order in which modules run, and what an artifact has of it.
+
+    Deviations are largest absolute values, over the positions that are attended to.
+    """
+
+    artifact: str
+    module: str
+    value: str  # name inside the artifact of the value nearest to it; "" where none has its shape
+    error: float  # deviation of that value from the reference
+    size: float  # largest absolute value of the reference
+    limit: float  # of `error`, up to which the two are the same
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a runner answers to one row of a batch, without the other rows and their padding."""
+
+    runner: str
+    batch: int
+    row: int
+    outputs: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Text that a runner wrote, always taking the likeliest token."""
+
+    runner: str
+    cached: bool  # whether keys and values of earlier tokens were handed on
+    tokens: Array  # int64, (batch, new tokens)
+    # The least change of a logit that would have chosen another token: half the distance of the two
+    # largest; float64, (batch, new tokens)
+    margins: Array
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A second export of the same model, held against the first."""
+
+    artifact: str
+    first: tuple[FileDigest, ...]
+    second: tuple[FileDigest, ...]
+    differing: tuple[str, ...]  # names inside that differ: operators with their counts, tensors
+    operators: Mapping[str, int]  # of the first
+    operators_again: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a file says of itself, and what is so."""
+
+    subject: str  # merged, or an artifact's format
+    name: str  # labels, base, adapter, tokenizer.json, ...
+    expected: str
+    found: str
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How often an artifact, as its runtime runs it, has something as one operation."""
+
+    artifact: str
+    what: str  # "LayerNorm", "linear layers in eight bits", ...
+    expected: int
+    found: int
+    note: str = ""  # which operators were counted
 
 
 @dataclass(frozen=True)
@@ -418,6 +519,21 @@ def lora_names(names: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Policy:
+    """The limits of the checks that a caller may set."""
+
+    multiple: float = 8.0  # tolerance of outputs, in noise floors; see `compare`
+    tolerance: float | None = None  # absolute, in place of the derived one
+    allowed_loss: float = 0.005  # of a task metric
+    slowest: float = 1.10  # latency in units of the unmerged model's
+
+    def __post_init__(self) -> None:
+        given = (self.multiple, self.slowest, 1.0 if self.tolerance is None else self.tolerance)
+        if not all(0 < value < np.inf for value in given) or not 0 <= self.allowed_loss < 1:
+            raise InputError(f"{self}: limits are numbers above 0, the allowed loss below 1")
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything the checks look at. Saved and loaded again, it is judged the same."""
 
@@ -434,6 +550,15 @@ class Evidence:
     files: tuple[FileDigest, ...] = ()  # of the outputs, as they were when recorded
     files_now: tuple[FileDigest, ...] = ()  # of the same files, read again when judged
     measured: tuple["Measurement", ...] = ()  # what the stages cost
+    policy: Policy = field(default_factory=Policy)
+    placements: tuple[Placement, ...] = ()
+    graphs: tuple[GraphAnswer, ...] = ()
+    modules_compared: tuple[ModuleOutput, ...] = ()  # in the order in which they run
+    alone: tuple[Alone, ...] = ()
+    written: tuple[Written, ...] = ()
+    repeats: tuple[Repeat, ...] = ()
+    claims: tuple[Claim, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
 
 
 # Names of the recordings that every run makes; the others are named after their artifact's format.
@@ -467,6 +592,7 @@ class Verdict:
     unit: str
     compared: int  # how many things were compared; a pass over nothing does not exist
     note: str = ""
+    where: tuple[str, ...] = ()  # what is at fault, by name: tensors, modules, files, texts
 
     def __post_init__(self) -> None:
         if self.status is Status.PASS and self.compared <= 0:

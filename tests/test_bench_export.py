@@ -274,6 +274,7 @@ def test_a_turn_does_not_count_its_first_run(recipe, monkeypatch):
 # ---------------------------------------------------------------- whole runs
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_samples_tables_and_plot(tmp_path):
     found, done = run_script(
         tmp_path, "--model", "tiny-bert", "--batch", 2, "--length", 8, "--quick", "--threads", 1,

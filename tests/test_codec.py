@@ -242,10 +242,10 @@ def test_a_missing_array_is_refused_and_its_place_named(tmp_path, saved, value):
         _load(tmp_path, content, saved[1])
 
 
-@pytest.mark.parametrize("schema", [1, 3, 0, "4", None])
+@pytest.mark.parametrize("schema", [1, 4, 0, "5", None])
 def test_another_schema_is_refused(tmp_path, saved, schema):
     content = saved[0] | {"schema": schema}
-    with pytest.raises(InputError, match=f"has schema {schema}; this version: 4"):
+    with pytest.raises(InputError, match=f"has schema {schema}; this version: 5"):
         _load(tmp_path, content, saved[1])
 
 
@@ -258,12 +258,12 @@ def test_evidence_without_a_schema_is_refused(tmp_path, saved):
     ("text", "said"),
     [
         (b"", "is not JSON"),
-        (b'{"schema": 4', "is not JSON"),
+        (b'{"schema": 5', "is not JSON"),
         (b"[]", "holds no JSON object"),
-        (b'{"schema": 4}', "the record is damaged at /: not a Evidence"),
-        (b'{"schema": 4, "value": "\xff\xfe"}', r"evidence\.json"),
-        (b'{"schema": 4, "value": ' + b"9" * 5000 + b"}", r"evidence\.json"),
-        (b'{"schema": 4, "value": ' + b"[" * 100_000, r"evidence\.json"),
+        (b'{"schema": 5}', "the record is damaged at /: not a Evidence"),
+        (b'{"schema": 5, "value": "\xff\xfe"}', r"evidence\.json"),
+        (b'{"schema": 5, "value": ' + b"9" * 5000 + b"}", r"evidence\.json"),
+        (b'{"schema": 5, "value": ' + b"[" * 100_000, r"evidence\.json"),
     ],
     ids=["empty", "cut short", "a list", "no value", "no text", "a huge number", "too deep"],
 )

@@ -178,7 +178,7 @@ SIZES = {
 @pytest.mark.parametrize(
     ("size", "dtype", "precision"),
     [
-        ("80 MB", HALF, "fp32"),
+        pytest.param("80 MB", HALF, "fp32", marks=pytest.mark.slow),
         pytest.param("400 MB", HALF, "fp32", marks=pytest.mark.slow),
         pytest.param("400 MB", torch.float32, "fp16", marks=pytest.mark.slow),
     ],

@@ -9,7 +9,7 @@ To add a check, add one file here with:
 and a test in which it passes, and one in which it fails.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lora_export import registry
 from lora_export.compare import NOISE_MULTIPLE, distance, noise_floor, wrong_dtype
@@ -45,11 +45,20 @@ def not_run(check: str, subject: str, why: str) -> Verdict:
     return Verdict(check, subject, Status.NOT_RUN, None, None, "", 0, why)
 
 
-def counted(check: str, subject: str, faults: int, compared: int, unit: str, note: str) -> Verdict:
+def counted(
+    check: str,
+    subject: str,
+    faults: int,
+    compared: int,
+    unit: str,
+    note: str,
+    where: Iterable[str] = (),
+) -> Verdict:
     """Return a pass where something was compared and no fault was found, else a fail."""
     good = compared > 0 and faults == 0
     status = Status.PASS if good else Status.FAIL
-    return Verdict(check, subject, status, float(faults), 0.0, unit, compared, note)
+    named = tuple(sorted(where))
+    return Verdict(check, subject, status, float(faults), 0.0, unit, compared, note, named)
 
 
 def within_tolerance(check: str, subject: str, evidence: Evidence) -> Verdict:

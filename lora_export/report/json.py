@@ -7,7 +7,7 @@ from typing import Any
 from lora_export.codec import to_json
 from lora_export.records import Certificate
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def render(certificate: Certificate) -> str:
