@@ -179,7 +179,7 @@ def _audit(
     size = math.prod(step.shape)
     info = merged.tensors.get(step.name)
     if info is None or (info.shape, info.dtype) != (step.shape, step.dtype):
-        return WeightAudit(step.name, size, size, size, float("inf"), size, 1.0)
+        return WeightAudit(step.name, size, size, size, float("inf"), size, 1.0, 0.0, 1.0)
     start: TensorInfo | Array
     if step.source is not None:
         start = checkpoint.tensors[step.source]
@@ -202,8 +202,12 @@ def _audit(
         for part in step.parts:
             _apply(part, exact, base, look[0] // width, step, plan, adapter, kept)
         found.append(_compared(info.part(*look).reshape(-1, width), exact, base, info.dtype, plan))
-    elements, misrounded, largest, unmoved, lost, moved = zip(*found, strict=True)
+    elements, misrounded, largest, unmoved, lost, moved, along, found_moved = zip(
+        *found, strict=True
+    )
     update = math.sqrt(sum(moved))
+    applied = sum(along) / sum(moved) if update else 1.0
+    across = max(sum(found_moved) - applied * sum(along), 0.0) if update else 0.0
     return WeightAudit(
         tensor=step.name,
         elements=sum(elements),
@@ -212,18 +216,21 @@ def _audit(
         largest_ulp=max(largest),
         unmoved=sum(unmoved),
         lost_share=math.sqrt(sum(lost)) / update if update else 0.0,
+        applied=applied,
+        strange=math.sqrt(across / sum(found_moved)) if sum(found_moved) else 0.0,
     )
 
 
 def _compared(
     written: Array, exact: Array, base: Array, dtype: str, plan: MergePlan
-) -> tuple[int, int, float, int, float, float]:
-    """Return elements, misrounded ones, largest error in ulp, unmoved ones, and two squares.
+) -> tuple[int, int, float, int, float, float, float, float]:
+    """Return elements, misrounded ones, largest error in ulp, unmoved ones, and four sums.
 
-    The squares are of the norm of what rounding took away, and of the update's.
+    The sums are the squared norms of what rounding took away and of the update, the product of the
+    update with how far the stored tensor moved, and the squared norm of the latter.
     """
     stored = written.astype(np.float64)
-    update = exact - base
+    update, went = exact - base, stored - base
     spacing = ulp(exact, dtype)
     error = np.abs(stored - exact) / spacing
     # Half an ulp is the most that one rounding can cost. The slack is float64's own error, which
@@ -239,6 +246,8 @@ def _compared(
         int(unmoved.sum()),
         float(np.square(stored - exact).sum()),
         float(np.square(update).sum()),
+        float((went * update).sum()),
+        float(np.square(went).sum()),
     )
 
 

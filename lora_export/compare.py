@@ -19,10 +19,6 @@ from lora_export.records import (
     Timing,
 )
 
-# An artifact may deviate from the float64 reference by this many times what the unmerged model's
-# own precision costs. Another kernel, or another order of summation, sums the same products to
-# another rounding of the same size; a wrong scale, a dropped bias or a fused mask is 1e3 and more.
-NOISE_MULTIPLE = 8.0
 BOOTSTRAP_SAMPLES = 2000
 CONFIDENCE = 0.95
 
@@ -33,8 +29,9 @@ def distance(
     """Return how far `other` lies from `reference` over all batches of `evidence`.
 
     Positions that the attention mask leaves out are not compared, though they too must be finite.
-    A difference in batches, names, shapes or finiteness is a defect, and so is a row in
-    which no token is attended. With `only`, the deviation is that of the output of this name.
+    A difference in batches, names, shapes or finiteness is a defect, and so is a batch that was not
+    answered, or a row in which no token is attended. With `only`, the deviation is that of the
+    output of this name.
     """
     worst, compared, where = 0.0, 0, 0
     if len(reference.outputs) != len(evidence.batches) or len(other.outputs) != len(
@@ -43,7 +40,8 @@ def distance(
         return Distance(np.inf, 0, f"{len(other.outputs)} of {len(evidence.batches)} batches")
     for index, batch in enumerate(evidence.batches):
         expected, found = reference.outputs[index], other.outputs[index]
-        if defect := _defect(evidence, batch, expected, found):
+        raised = _raised(reference, index) or _raised(other, index)
+        if defect := raised or _defect(evidence, batch, expected, found):
             return Distance(np.inf, compared, f"batch {index} ({batch.note}): {defect}", index)
         for name in expected if only is None else (only,):
             error = np.abs(
@@ -54,6 +52,10 @@ def distance(
             if error.size and not (float(error.max()) <= worst):
                 worst, where = float(error.max()), index
     return Distance(worst, compared, "" if compared else "nothing was compared", where)
+
+
+def _raised(recording: Recording, index: int) -> str:
+    return "".join(recording.errors[index : index + 1])
 
 
 def valid(output: Array, batch: Batch, evidence: Evidence, name: str) -> Array:
@@ -204,6 +206,19 @@ def noise_floor(evidence: Evidence, only: str | None = None) -> Distance:
     least = max(float(np.finfo(dtype).eps * size) for size, dtype in chosen)
     tiny = max(float(np.finfo(dtype).tiny) for _, dtype in chosen)
     return Distance(max(found.largest, least, tiny), found.compared, "", found.batch)
+
+
+def tolerance(evidence: Evidence, only: str | None = None) -> float:
+    """Return how far an artifact may lie from the float64 reference: absolute, of one output.
+
+    The multiple of the noise floor that the policy states, or what it states instead. Another
+    kernel, or another order of summation, sums the same products to another rounding of the same
+    size as the unmerged model's own; a wrong scale, a dropped bias or a fused mask is 1e3 and more.
+    """
+    stated = evidence.policy.tolerance
+    return (
+        evidence.policy.multiple * noise_floor(evidence, only).largest if stated is None else stated
+    )
 
 
 def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:

@@ -30,6 +30,7 @@ GRID = (
 )  # fmt: skip
 EXAMPLE = (2, 7, "right")
 TIMED = ((1, 32), (8, 32))  # (batch, length) of the latency measurement
+QUICK = 64  # tokens up to which a quick look takes every shape
 HARD_CHARACTERS = 0x3000  # of every tokenizer in a graph all below this are tried, some above
 
 
@@ -83,6 +84,19 @@ def within_budget(batches: Sequence[Batch], signature: Signature) -> tuple[Batch
             kept.append(batch)
             room[batch.source] -= values
     return tuple(kept)
+
+
+def fewer(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """Return the first batch of texts or pictures, and the shapes but the longest."""
+    real = [batch for batch in batches if batch.source != "grid"][:1]
+    grid = [batch for batch in batches if batch.source == "grid"]
+    longest = max((_tokens(batch) for batch in grid), default=0)
+    return (*real, *(batch for batch in grid if _tokens(batch) < longest or longest <= QUICK))
+
+
+def _tokens(batch: Batch) -> int:
+    """Return how long the sequences of a batch are; 0 where there are none."""
+    return int(batch.arrays["attention_mask"].shape[-1]) if "attention_mask" in batch.arrays else 0
 
 
 def summary(batches: Sequence[Batch]) -> str:

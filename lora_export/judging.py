@@ -80,6 +80,37 @@ def publish_evidence(evidence: Evidence, certificate: Certificate, folder: Path)
     return complete
 
 
+def files_in(folder: Path) -> tuple[FileDigest, ...]:
+    """Return the files of the run in `folder` as they are now, but for what is said about them."""
+    ours = (CERTIFICATE, REPORT)
+    return tuple(
+        file
+        for file in storage.digest_tree(folder)
+        if file.name not in ours and not file.name.startswith(f"{EVIDENCE}/")
+    )
+
+
+def outputs_of(folder: Path) -> tuple[FileDigest, ...]:
+    """Return the files of the run in `folder` as its certificate has them; none without one."""
+    if not (folder / CERTIFICATE).is_file():
+        return ()
+    told = storage.read_json(folder / CERTIFICATE).get("outputs", [])
+    found: tuple[FileDigest, ...] = codec.from_json(tuple[FileDigest, ...], told, {})
+    return found
+
+
+def evidence_of(folder: Path) -> Evidence:
+    """Return the evidence that the run in `folder` saved.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no run in {folder}: run `lora-export run` first, or pass --run")
+    found: Evidence = codec.load(Evidence, folder / EVIDENCE, EVIDENCE)
+    return found
+
+
 def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
     """Judge the run in `folder` again, from its evidence and from the files as they are now.
 
@@ -90,16 +121,8 @@ def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
     """
     folder = Path(folder)
     say("judging recorded evidence")
-    if not folder.is_dir():
-        raise InputError(f"no run in {folder}: run `lora-export run` first, or pass --run")
-    evidence = codec.load(Evidence, folder / EVIDENCE, EVIDENCE)
-    ours = (CERTIFICATE, REPORT)
-    now = tuple(
-        file
-        for file in storage.digest_tree(folder)
-        if file.name not in ours and not file.name.startswith(f"{EVIDENCE}/")
-    )
-    evidence = dataclasses.replace(evidence, files_now=now)
+    evidence = evidence_of(folder)
+    evidence = dataclasses.replace(evidence, files_now=files_in(folder))
     old = storage.read_json(folder / CERTIFICATE)
     try:
         given = codec.from_json(tuple[FileDigest, ...], old["inputs"], {})

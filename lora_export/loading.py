@@ -10,8 +10,10 @@ from lora_export.errors import InputError, listed
 from lora_export.records import Adapter, Modules, lora_names
 
 
-def load_merged(folder: Path) -> nn.Module:
+def load_merged(folder: Path, *, altered: bool = False) -> nn.Module:
     """Load the merged model in `folder` as any user would: with plain transformers.
+
+    With `altered`, one that was changed after the merge is loaded too: to find out where.
 
     Raises:
         InputError: it holds no model, one that was changed after the merge, or tensors that the
@@ -24,7 +26,8 @@ def load_merged(folder: Path) -> nn.Module:
         adapter = (folder / "adapter_config.json").is_file()
         hint = "it is an adapter; run `lora-export merge` first" if adapter else "no config.json"
         raise InputError(f"no model in {folder}: {hint}")
-    _refuse_altered(folder)
+    if not altered:
+        _refuse_altered(folder)
     architecture = models.architecture_of(Adapter({}, {}, "lora"), folder)
     config = models.config_of(folder, architecture, (), None)
     return models.load(folder, config, all_used=True)

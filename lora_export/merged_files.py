@@ -74,16 +74,19 @@ def merge_stage(
     )
     say("auditing")
     begun = time.perf_counter()
-    account, weights = _audit(job, folder, most)
+    account, weights = audit(job, folder, most)
     seconds = {**written.seconds, "audit": time.perf_counter() - begun}
     files = tuple(FileDigest(prefix + f.name, f.size_bytes, f.digest) for f in written.files)
     return MergeRecord(account, weights, files, written.base, seconds)
 
 
-def _audit(
+def audit(
     job: Job, folder: Path, most: int | None = None
 ) -> tuple[Account, tuple[WeightAudit, ...]]:
-    """Read the merged checkpoint in `folder`; return what was made of adapter and base."""
+    """Read the merged checkpoint in `folder`; return what was made of adapter and base.
+
+    `most` is that of `auditing.weights`; None looks at every element.
+    """
     written = Checkpoint.open(folder)
     with threadpoolctl.threadpool_limits(1):
         return (
@@ -212,7 +215,7 @@ def verify_merged(
     say("reading adapter and base")
     job = open_job(adapter, base, recorded_options(folder, options))
     say("deriving every tensor again")
-    account, weights = _audit(job, folder)
+    account, weights = audit(job, folder)
     say("hashing")
     recorded, now = merging.recorded_files(folder), storage.digest_tree(folder)
     names = {file.name for file in recorded}

@@ -4,8 +4,9 @@ The stages (`lora_export.stages`) act and record; the checks judge afterwards, f
 alone. What needs no model, `merge` and `verify`, stands in `lora_export.merged_files`.
 """
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from lora_export import (
     checks,
     exporters,
     inputs,
-    loading,
+    judging,
     merged_files,
-    models,
+    proving,
     publishing,
     recomputed,
     registry,
@@ -23,17 +24,19 @@ from lora_export import (
     storage,
     timing,
 )
+from lora_export.companions import PROVENANCE
 from lora_export.environment import peak_memory, resident_memory
 from lora_export.errors import InputError
 from lora_export.judging import Say, certify, publish_evidence, silent
-from lora_export.opening import Options, open_job
+from lora_export.opening import Job, Options, open_job
 from lora_export.records import (
-    MERGED,
-    UNMERGED,
+    Artifact,
     Certificate,
     Evidence,
+    FileDigest,
     Form,
     Measurement,
+    Policy,
 )
 
 MERGED_FOLDER = "merged"
@@ -49,6 +52,7 @@ def run(
     overwrite: bool = False,
     seed: int = 0,
     cache: bool = True,
+    policy: Policy | None = None,
     command: str = "lora_export.run",
     say: Say = silent,
     **options: Any,
@@ -64,6 +68,7 @@ def run(
         overwrite: Replace an existing `out`.
         seed: Of the generated inputs and of the order of timing.
         cache: Whether the artifacts of a model that generates take and give its cache.
+        policy: Limits of the checks.
         command: What to record as the command that was run.
         say: Called with the name of each stage as it begins.
         options: Fields of `opening.Options`.
@@ -74,7 +79,7 @@ def run(
     wanted = Options(**options)
     out, source = Path(out), Path(data) if data is not None else None
     publishing.check_output(out, overwrite=overwrite, directory=True)
-    texts, labels = inputs.read_texts(source)
+    asked = proving.Asked(*inputs.read_texts(source), seed, policy=policy or Policy())
     say("reading adapter and base")
     job = open_job(adapter, base, wanted)
     if all(pair.is_zero for pair in job.adapter.modules.values()):
@@ -92,9 +97,7 @@ def run(
     publishing.check_output(out, overwrite=overwrite, directory=True, inputs=job.places(source))
     with timing.all_threads() as threads, publishing.staged(out, overwrite=overwrite) as folder:
         folder.mkdir()
-        say("loading the unmerged model")  # what cannot run unmerged is known before the merge
-        unmerged = stages.load_unmerged(job)
-        models.processor(job.base, unmerged)
+        truth = _truth(job, asked, cache, say)  # what cannot run unmerged is not merged either
         say("merging")
         merged = merged_files.merge_stage(job, folder / MERGED_FOLDER, f"{MERGED_FOLDER}/")
         say("loading the merged model")
@@ -103,38 +106,124 @@ def run(
         for name in formats:
             say(f"exporting {name}")
             artifacts[name] = stages.export_stage(name, subject, folder, say=say)
-        batches = stages.batches_of(subject, texts, labels, seed)
-        say(f"comparing on {inputs.summary(batches)}")
-        runners = stages.open_runners(artifacts, folder, threads)
-        recordings = stages.record_all(unmerged, subject, runners, batches)
-        say("timing")
-        timed = {UNMERGED: subject.runner(UNMERGED, unmerged), MERGED: subject.runner(MERGED)}
-        timings = timing.measure(timed | runners, subject.signature, threads=threads, seed=seed)
-        written = [file for artifact in artifacts.values() for file in artifact.all_files]
-        evidence = Evidence(
-            account=merged.account,
-            weights=merged.weights,
-            modules=loading.modules_of(subject.model),
-            signature=subject.signature,
-            artifacts=tuple(artifacts.values()),
-            batches=batches,
-            recordings=recordings,
-            timings=timings,
-            files=tuple(dict.fromkeys((*merged.files, *written))),  # they share a tokenizer
-            files_now=storage.digest_tree(folder),
+        places = {name: folder / artifact.files[0].name for name, artifact in artifacts.items()}
+        made = proving.Made(
+            folder / MERGED_FOLDER, merged.account, merged.weights, artifacts, places, subject.model
         )
+        observed = proving.observe(truth, made, threads=threads, say=say)
+        files = (*merged.files, *_own(artifacts))
+        evidence = dataclasses.replace(observed, files=files, files_now=storage.digest_tree(folder))
         say("judging")
-        settings = job.settings(seed=seed, formats=list(formats), inputs=inputs.summary(batches))
-        settings["runtimes"] = stages.settings_of((*timed.values(), *runners.values()), threads)
-        settings["warm_up"] = timing.WARM_UP
-        if count := sum(1 for _ in recomputed.updates(unmerged)):
-            settings["notes"].append(
-                f"{count} weights of the unmerged model have no LoRA layer and are computed anew "
-                "in every call: its latency is no measure of PEFT's"
-            )
         given = job.inputs(source, merged.base)
+        settings = _settings(truth, evidence)
         certificate = certify(evidence, checks.RUN, command, given, settings, threads)
         return publish_evidence(evidence, certificate, folder)
+
+
+def check_files(
+    adapter: str | Path,
+    *,
+    base: str | None = None,
+    folder: str | Path = "run",
+    merged: str | Path | None = None,
+    artifacts: Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    data: str | Path | None = None,
+    overwrite: bool = False,
+    seed: int = 0,
+    cache: bool = True,
+    quick: bool = False,
+    policy: Policy | None = None,
+    command: str = "lora_export.check_files",
+    say: Say = silent,
+    **options: Any,
+) -> Certificate:
+    """Prove a merged model and artifacts of it that are there already, whoever made them.
+
+    Args:
+        adapter: Adapter file or directory.
+        base: Directory or hub id of the base model; None takes what the adapter names.
+        folder: Directory that `run` wrote, or one that looks like it.
+        merged: Directory of the merged model; None takes `folder`/merged.
+        artifacts: Exported files; none takes those in `folder`.
+        out: Directory to write certificate, report and evidence to; None writes nothing.
+        data: Sentences to compare on (see `inputs.read_texts`); None takes the shipped set.
+        overwrite: Replace an existing `out`.
+        seed: Of the generated inputs and of the order of timing.
+        cache: Whether the artifacts of a model that generates take and give its cache.
+        quick: Look at fewer inputs, and leave out what takes long; see `checks.QUICK`.
+        policy: Limits of the checks.
+        command: What to record as the command that was run.
+        say: Called with the name of each stage as it begins.
+        options: Fields of `opening.Options`; those that the merge wrote down, where none are given.
+
+    Raises:
+        InputError: there is nothing to check, or adapter or base is missing or damaged.
+        AdapterMismatch: adapter and base do not fit together.
+        ExportFailed: an artifact cannot be opened.
+    """
+    folder, source = Path(folder), Path(data) if data is not None else None
+    model = Path(merged) if merged is not None else folder / MERGED_FOLDER
+    if not model.is_dir():
+        raise InputError(f"no merged model in {model}; pass --merged")
+    places = exporters.by_format([*map(Path, artifacts)] or exporters.artifacts_in(folder))
+    if out is not None:
+        publishing.check_output(Path(out), overwrite=overwrite, directory=True, inputs=[folder])
+    texts, labels = inputs.read_texts(source)
+    asked = proving.Asked(texts, labels, seed, quick, policy or Policy())
+    say("reading adapter and base")
+    ours = (model / PROVENANCE).is_file()
+    wanted = merged_files.recorded_options(model, options) if ours else Options(**options)
+    job = open_job(adapter, base, wanted)
+    with timing.all_threads() as threads:
+        truth = _truth(job, asked, cache, say)
+        say("deriving every merged weight again")
+        audited = merged_files.audit(job, model)
+        found = {name: stages.described(name, place) for name, place in places.items()}
+        made = proving.Made(model, *audited, found, places)
+        observed = proving.observe(truth, made, threads=threads, say=say)
+        now = judging.files_in(folder) if folder.is_dir() else ()
+        if not (folder / judging.CERTIFICATE).is_file():  # nobody said what they should be
+            now = (*storage.digest_tree(model, prefix=f"{model.name}/"), *_own(found))
+        then = judging.outputs_of(folder) or now
+        evidence = dataclasses.replace(observed, files=then, files_now=now)
+        say("judging")
+        scope = checks.QUICK if quick else checks.RUN
+        settings = _settings(truth, evidence)
+        certificate = certify(evidence, scope, command, job.inputs(source), settings, threads)
+        if out is None:
+            return certificate
+        with publishing.staged(Path(out), overwrite=overwrite) as place:
+            place.mkdir()
+            return publish_evidence(evidence, certificate, place)
+
+
+def _own(artifacts: Mapping[str, Artifact]) -> tuple[FileDigest, ...]:
+    """Return every file of `artifacts` once: they may share a tokenizer."""
+    return tuple(dict.fromkeys(f for artifact in artifacts.values() for f in artifact.all_files))
+
+
+def _truth(job: Job, asked: proving.Asked, cache: bool, say: Say) -> proving.Truth:
+    say("running the unmerged model")
+    return proving.truth_of(job, stages.load_unmerged(job), asked, cache=cache)
+
+
+def _settings(truth: proving.Truth, evidence: Evidence) -> dict[str, Any]:
+    """Return what decided the result beside the inputs."""
+    settings = truth.job.settings(
+        formats=[artifact.format for artifact in evidence.artifacts],
+        inputs=inputs.summary(truth.batches),
+        runtimes=evidence.runtimes,
+        **truth.asked.stated,
+    )
+    if evidence.timings:
+        settings["warm_up"] = timing.WARM_UP
+    if count := sum(1 for _ in recomputed.updates(truth.subject.model)):
+        settings["notes"].append(
+            f"{count} weights of the unmerged model have no LoRA layer and are computed anew "
+            "in every call: its latency is no measure of PEFT's"
+        )
+    return settings
 
 
 def export_file(

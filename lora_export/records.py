@@ -165,6 +165,7 @@ class Reading:
 PAST, PRESENT = "past_key_values", "present"
 # What an artifact with the tokenizer inside takes, and what a classifier of texts then gives.
 TEXT, LABEL, PROBABILITIES = "text", "label", "probabilities"
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer makes
 
 
 @dataclass(frozen=True)
@@ -387,10 +388,8 @@ class WeightAudit:
     largest_ulp: float
     unmoved: int  # elements whose update exceeds half an ulp, and which equal the base all the same
     lost_share: float  # ||stored - exact|| / ||update||: share of the update lost in rounding
-    # How much of the update is in the stored tensor: 1 all of it, 0 none, 2 twice. NaN where there
-    # is no update.
-    applied: float = 1.0
-    # ||stored - base - applied * update|| / ||stored - base||: what is no multiple of the update
+    applied: float = 1.0  # <stored - base, update> / ||update||^2: 0 not at all, 2 twice
+    # ||stored - base - applied * update|| / ||stored - base||: share that is no multiple of it
     strange: float = 0.0
 
 
@@ -525,7 +524,9 @@ class Policy:
     multiple: float = 8.0  # tolerance of outputs, in noise floors; see `compare`
     tolerance: float | None = None  # absolute, in place of the derived one
     allowed_loss: float = 0.005  # of a task metric
-    slowest: float = 1.10  # latency in units of the unmerged model's
+    # Latency in units of the unmerged model's. Merging is meant to save time, never to cost it; a
+    # tenth is what shared machines can tell apart.
+    slowest: float = 1.10
 
     def __post_init__(self) -> None:
         given = (self.multiple, self.slowest, 1.0 if self.tolerance is None else self.tolerance)
@@ -550,6 +551,7 @@ class Evidence:
     files: tuple[FileDigest, ...] = ()  # of the outputs, as they were when recorded
     files_now: tuple[FileDigest, ...] = ()  # of the same files, read again when judged
     measured: tuple["Measurement", ...] = ()  # what the stages cost
+    runtimes: Mapping[str, Any] = field(default_factory=dict)  # how each was set, by its name
     policy: Policy = field(default_factory=Policy)
     placements: tuple[Placement, ...] = ()
     graphs: tuple[GraphAnswer, ...] = ()

@@ -25,6 +25,7 @@ from lora_export.errors import ExportFailed, InputError, listed
 from lora_export.injection import attach, idle
 from lora_export.judging import digests_now
 from lora_export.opening import Job
+from lora_export.recording import record
 from lora_export.records import (
     IDLE,
     LABEL,
@@ -36,7 +37,6 @@ from lora_export.records import (
     Artifact,
     Batch,
     Evidence,
-    FileDigest,
     Form,
     Recording,
     Reply,
@@ -46,10 +46,12 @@ from lora_export.runners import Runner
 from lora_export.runners.eager import EagerRunner
 from lora_export.runners.onnx import OnnxTextRunner
 
+SHARED_TOKENIZER = "tokenizer"  # beside the artifacts of a run
+
 
 @dataclass(frozen=True)
 class Subject:
-    """A merged model, loaded from disk, with its tokenizer, and how it is called."""
+    """A model with its tokenizer, and how it is called: a merged one, loaded from disk, mostly."""
 
     folder: Path
     model: nn.Module
@@ -128,11 +130,25 @@ def export_stage(
                 model, subject.signature, example, known, path, form, runs, subject.tokens, say
             )
         )
-    beside = folder / (f"{file}.tokenizer" if file else "tokenizer")
+    _copy_processor(subject.folder, folder / (f"{file}.tokenizer" if file else SHARED_TOKENIZER))
+    return described(name, path)
+
+
+def described(name: str, path: Path) -> Artifact:
+    """Return what the file at `path` in the format `name` says of itself, and what lies beside it.
+
+    Raises:
+        ExportFailed: it is no file of that format.
+    """
+    artifact = exporters.describe(name, path)
+    own = path.with_name(f"{path.name}.tokenizer")
+    folder = own if own.is_dir() else path.with_name(SHARED_TOKENIZER)
+    present = [n for n in companions.PROCESSOR if (folder / n).is_file()]
+    said = artifact.facts.get("metadata", {}).get(registry.PRECISION, json.dumps(registry.FULL))
     return replace(
-        exporters.describe(name, path),
-        beside=_processor_to(beside, subject.folder),
-        precision=form.precision,
+        artifact,
+        beside=tuple(storage.digest(folder / n, f"{folder.name}/{n}") for n in present),
+        precision=json.loads(said),
     )
 
 
@@ -145,14 +161,13 @@ def calibration(subject: Subject, texts: Sequence[str] = ()) -> list[Mapping[str
     return [batch.arrays for batch in real_batches(subject, chosen, (), seed)]
 
 
-def _processor_to(target: Path, source: Path) -> tuple[FileDigest, ...]:
-    """Copy what turns texts or pictures into inputs, and return the digests of the copies."""
+def _copy_processor(source: Path, target: Path) -> None:
+    """Copy what turns texts or pictures into inputs."""
     found = companions.companions_of(source)
-    names = [name for name in companions.PROCESSOR if name in found]
-    for name in names:
-        target.mkdir(exist_ok=True)
-        companions.copy(found[name], target / name)
-    return tuple(storage.digest(target / name, f"{target.name}/{name}") for name in names)
+    for name in companions.PROCESSOR:
+        if name in found:
+            target.mkdir(exist_ok=True)
+            companions.copy(found[name], target / name)
 
 
 def about(subject: Subject) -> dict[str, str]:
@@ -175,13 +190,19 @@ def open_runners(
     artifacts: Mapping[str, Artifact], folder: Path, threads: int
 ) -> dict[str, Runner]:
     """Open every artifact from disk."""
-    found: dict[str, Runner] = {}
-    for name, artifact in artifacts.items():
-        try:
-            found[name] = exporters.load(name).open_runner(folder / artifact.files[0].name, threads)
-        except RuntimeError as error:
-            raise ExportFailed(f"cannot open the {name} file again: {error}") from error
-    return found
+    return {
+        name: open_runner(name, folder / artifact.files[0].name, threads)
+        for name, artifact in artifacts.items()
+    }
+
+
+def open_runner(name: str, path: Path, threads: int) -> Runner:
+    """Open the artifact at `path` from disk; raises `ExportFailed` where that is not possible."""
+    try:
+        runner: Runner = exporters.load(name).open_runner(path, threads)
+    except RuntimeError as error:
+        raise ExportFailed(f"cannot open the {name} file again: {error}") from error
+    return runner
 
 
 def batches_of(
@@ -217,17 +238,6 @@ def real_batches(
     if bad := sorted({label for label in labels if not 0 <= label < classes}):
         raise InputError(listed(f"labels outside 0 to {classes - 1}", map(str, bad)))
     return inputs.text_batches(subject.tokens, subject.signature, texts, labels)
-
-
-def record(runner: Runner, batches: Iterable[Batch]) -> Recording:
-    """Return what `runner` answers on `batches`: to texts, where it takes them."""
-
-    def answer(batch: Batch) -> Mapping[str, Array]:
-        if isinstance(runner, OnnxTextRunner) and batch.texts:
-            return runner.answer(batch.texts)
-        return runner.run(batch.arrays)
-
-    return Recording(runner.name, runner.precision, tuple(map(answer, batches)))
 
 
 def replies(subject: Subject, runner: Runner, batches: Iterable[Batch]) -> tuple[Reply, ...]:
@@ -277,19 +287,13 @@ def with_artifact(
     )
 
 
-def record_all(
-    unmerged: nn.Module,
-    subject: Subject,
-    runners: Mapping[str, Runner],
-    batches: tuple[Batch, ...],
-) -> dict[str, Recording]:
-    """Return the recordings of the reference, the unmerged and merged models and the artifacts."""
-    own = subject.runner(UNMERGED, unmerged)
+def record_truth(unmerged: Subject, batches: tuple[Batch, ...]) -> dict[str, Recording]:
+    """Return what the unmerged model answers: in float64, as it is, and without its updates."""
+    own = unmerged.runner(UNMERGED)
     found = {
-        REFERENCE: record(subject.runner(REFERENCE, exact(unmerged)), batches),
+        REFERENCE: record(unmerged.runner(REFERENCE, exact(unmerged.model)), batches),
         UNMERGED: record(own, batches),
-        MERGED: record(subject.runner(MERGED), batches),
     }
-    with idle(unmerged):
+    with idle(unmerged.model):
         found[IDLE] = record(own, batches)
-    return found | {name: record(runner, batches) for name, runner in runners.items()}
+    return found

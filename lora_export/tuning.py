@@ -264,7 +264,7 @@ def _try(
         opened = stages.open_runners({one.format: artifact}, folder, one.threads)[one.format]
         runner = timing.OnThreads(opened, one.threads)
         evidence = stages.with_artifact(bench.evidence, artifact, runner, folder)
-        verdicts = checks.judge(evidence, checks.EXPORT)
+        verdicts = checks.judge(evidence, checks.TRIAL)
         timed = timing.measure_shape(
             {MERGED: timing.OnThreads(subject.runner(MERGED), bench.eager_threads), "it": runner},
             subject.signature,
@@ -323,6 +323,6 @@ def _publish(
         entry.rename(path / entry.name)
     moved = dataclasses.replace(evidence, files_now=digests_now(evidence.files, path))
     threads = chosen.configuration.threads
-    certificate = certify(moved, checks.EXPORT, command, given, settings, threads)
+    certificate = certify(moved, checks.TRIAL, command, given, settings, threads)
     write_certificate(certificate, path)
     return certificate

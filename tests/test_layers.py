@@ -14,10 +14,10 @@ ORDER = [
     "torch_rounding", "lora", "recomputed", "injection", "live",
     "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
-    "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "inputs",
-    "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
-    "measurements", "codec", "report", "judging", "opening", "inspection", "merged_files", "stages",
-    "tuning", "pipeline", "cli", "__main__",
+    "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "recording",
+    "inputs", "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
+    "measurements", "codec", "report", "judging", "replaying", "opening", "inspection",
+    "merged_files", "stages", "proving", "tuning", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {

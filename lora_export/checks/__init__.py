@@ -2,7 +2,7 @@
 
 To add a check, add one file here with:
 
-    SCOPES = ("run",)                      commands that ask it: merge, export, run, verify
+    SCOPES = ("run",)                      what asks it; see below
     judge(evidence) -> list[Verdict]       at least one verdict; NOT_RUN where evidence is missing
     applies(evidence) -> bool              optional: whether the question makes sense for this model
 
@@ -12,10 +12,13 @@ and a test in which it passes, and one in which it fails.
 from collections.abc import Callable, Iterable
 
 from lora_export import registry
-from lora_export.compare import NOISE_MULTIPLE, distance, noise_floor, wrong_dtype
+from lora_export.compare import distance, noise_floor, tolerance, wrong_dtype
 from lora_export.records import REFERENCE, Evidence, Status, Verdict
 
-MERGE, EXPORT, RUN, VERIFY = "merge", "export", "run", "verify"
+MERGE, EXPORT, RUN, VERIFY = "merge", "export", "run", "verify"  # commands
+TRIAL = "trial"  # one of many candidates, of which `tune` looks for the fastest
+QUICK = "quick"  # `check --quick`: what takes seconds
+REPLAY = "replay"  # `check --replay`: what the artifact and recorded answers tell
 
 
 def names() -> tuple[str, ...]:
@@ -80,12 +83,16 @@ def _output(check: str, subject: str, name: str, evidence: Evidence) -> Verdict:
     recordings = evidence.recordings
     floor = noise_floor(evidence, name)
     found = distance(recordings[REFERENCE], recordings[subject], evidence, name)
-    limit = NOISE_MULTIPLE * floor.largest
+    limit = tolerance(evidence, name)
     defect = floor.defect or found.defect or wrong_dtype(recordings[subject], evidence)
     good = not defect and found.compared > 0 and found.largest <= limit
+    place = evidence.batches[found.batch].note if evidence.batches else ""
     note = defect or (
         f"{found.largest / floor.largest:.2f} times the noise floor {floor.largest:.2e}, "
-        f"largest at {evidence.batches[found.batch].note}"
+        f"largest at {place}"
     )
+    if not good and not defect:
+        note += f"; a tolerance of {found.largest:.1e} would pass"
     status = Status.PASS if good else Status.FAIL
-    return Verdict(check, subject, status, found.largest, limit, "abs", found.compared, note)
+    where = () if good else (f"{name} at {place}",)
+    return Verdict(check, subject, status, found.largest, limit, "abs", found.compared, note, where)

@@ -4,7 +4,7 @@ from lora_export import checks
 from lora_export.errors import listed
 from lora_export.records import Evidence, Verdict
 
-SCOPES = (checks.MERGE, checks.RUN, checks.VERIFY)
+SCOPES = (checks.MERGE, checks.QUICK, checks.RUN, checks.VERIFY)
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -22,6 +22,7 @@ def judge(evidence: Evidence) -> list[Verdict]:
         if account.adapter_left
         else f"{len(account.adapter_merged)} modules merged, "
         f"{len(account.adapter_placed)} tensors placed",
+        account.adapter_left,
     )
     wrong = (*account.base_damaged, *account.unexplained)
     base = checks.counted(
@@ -35,5 +36,6 @@ def judge(evidence: Evidence) -> list[Verdict]:
         else f"{len(account.base_changed)} changed, {len(account.base_identical)} identical"
         f"{' in a sample of their bytes' * account.is_sample}, "
         f"{len(account.base_dropped)} dropped with a reason",
+        wrong,
     )
     return [adapter, base]

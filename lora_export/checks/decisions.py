@@ -8,7 +8,7 @@ from lora_export import checks
 from lora_export.compare import deciding, noise_floor, options
 from lora_export.records import MERGED, REFERENCE, Evidence, Recording, Verdict
 
-SCOPES = (checks.EXPORT, checks.RUN)
+SCOPES = (checks.TRIAL, checks.EXPORT, checks.QUICK, checks.RUN, checks.REPLAY)
 MOST_SHOWN = 3
 
 
@@ -67,7 +67,7 @@ def _judge(name: str, texts: list[int], floors: Mapping[str, float], evidence: E
         note += f"; {excused} excused, the margin lies below the noise floor"
     if shown:
         note += "; differs: " + ", ".join(shown[:MOST_SHOWN])
-    return checks.counted("decisions", name, flips, compared, "flips", note)
+    return checks.counted("decisions", name, flips, compared, "flips", note, shown)
 
 
 def _broken(reference: Recording, other: Recording) -> bool:

@@ -1,10 +1,10 @@
 """Does the adapter do anything? An adapter that moves nothing would pass every comparison."""
 
 from lora_export import checks
-from lora_export.compare import NOISE_MULTIPLE, distance, noise_floor
+from lora_export.compare import distance, noise_floor, tolerance
 from lora_export.records import IDLE, REFERENCE, Evidence, Status, Verdict
 
-SCOPES = (checks.RUN,)
+SCOPES = (checks.QUICK, checks.RUN)
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -17,7 +17,7 @@ def judge(evidence: Evidence) -> list[Verdict]:
         return [checks.not_run("effect", "adapter", "no recording with the updates switched off")]
     floor = noise_floor(evidence)
     moved = distance(recordings[REFERENCE], recordings[IDLE], evidence)
-    limit = NOISE_MULTIPLE * floor.largest
+    limit = tolerance(evidence)
     good = not (floor.defect or moved.defect) and moved.largest > limit
     note = (
         floor.defect

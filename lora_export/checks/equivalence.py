@@ -3,7 +3,7 @@
 from lora_export import checks
 from lora_export.records import MERGED, Evidence, Verdict
 
-SCOPES = (checks.RUN,)
+SCOPES = (checks.QUICK, checks.RUN)
 
 
 def judge(evidence: Evidence) -> list[Verdict]:

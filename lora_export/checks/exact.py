@@ -1,9 +1,12 @@
 """Is every merged weight the float64 value rounded once, and did every weight move that should?"""
 
 from lora_export import checks
-from lora_export.records import Evidence, Verdict
+from lora_export.errors import listed
+from lora_export.records import Evidence, Verdict, WeightAudit
 
-SCOPES = (checks.MERGE, checks.RUN, checks.VERIFY)
+SCOPES = (checks.MERGE, checks.QUICK, checks.RUN, checks.VERIFY)
+_FEW = 0.01  # of the elements: they are wrong, not the update
+_SAME = 1e-3  # of an update: two that differ by less are one, rounded
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -19,13 +22,18 @@ def judge(evidence: Evidence) -> list[Verdict]:
         else ""
     )
     worst = max(audits, key=lambda audit: (audit.misrounded, audit.largest_ulp))
+    wrong = [audit for audit in audits if audit.misrounded]
+    note = f"worst {worst.largest_ulp:.3f} ulp, in {worst.tensor}{sampled}"
+    if wrong:
+        note = listed(f"{note}; in {len(wrong)} of {len(audits)} tensors", map(_found, wrong))
     misrounded = checks.counted(
         "exact",
         "merged weights",
         sum(audit.misrounded for audit in audits),
         elements,
         "misrounded",
-        f"worst {worst.largest_ulp:.3f} ulp, in {worst.tensor}{sampled}",
+        note,
+        [audit.tensor for audit in wrong],
     )
     lost = max(audits, key=lambda audit: audit.lost_share)
     unmoved = checks.counted(
@@ -35,5 +43,19 @@ def judge(evidence: Evidence) -> list[Verdict]:
         elements,
         "stood still",
         f"at most {lost.lost_share:.2e} of an update lost in rounding, in {lost.tensor}{sampled}",
+        [audit.tensor for audit in audits if audit.unmoved],
     )
     return [misrounded, unmoved]
+
+
+def _found(audit: WeightAudit) -> str:
+    """Return in words what a wrong tensor holds instead of its update."""
+    if audit.misrounded <= _FEW * audit.elements:
+        what = f"{audit.misrounded:,} of {audit.elements:,} elements"
+    elif abs(audit.applied) <= _SAME:
+        what = "something else than its update" if audit.strange else "its update is missing"
+    elif audit.strange <= _SAME:
+        what = f"{audit.applied:.4g} times its update"
+    else:
+        what = f"{audit.applied:.2g} times its update, and {audit.strange:.0%} of something else"
+    return f"{audit.tensor} ({what})"

@@ -19,7 +19,7 @@ from lora_export.compare import (
 )
 from lora_export.records import PRESENT, REFERENCE, Array, Artifact, Evidence, Status, Verdict
 
-SCOPES = (checks.EXPORT, checks.RUN)
+SCOPES = (checks.TRIAL, checks.EXPORT, checks.QUICK, checks.RUN, checks.REPLAY)
 MOST_FLIPS = 0.005  # share of decisions; half a point of accuracy at worst
 MOST_LOSS = 0.005  # of accuracy, where there are labels
 MOST_DIVERGENCE = 0.01  # nats, mean over the decisions

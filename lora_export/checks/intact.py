@@ -4,7 +4,7 @@ from lora_export import checks
 from lora_export.errors import listed
 from lora_export.records import Evidence, Verdict
 
-SCOPES = (checks.EXPORT, checks.RUN, checks.VERIFY)
+SCOPES = (checks.TRIAL, checks.EXPORT, checks.QUICK, checks.RUN, checks.VERIFY, checks.REPLAY)
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -18,4 +18,4 @@ def judge(evidence: Evidence) -> list[Verdict]:
     changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     changed |= {name for name, digest in exported.items() if then.get(name) != digest}
     note = listed("changed since", changed) if changed else "every file has its recorded digest"
-    return [checks.counted("intact", "files", len(changed), len(then), "changed", note)]
+    return [checks.counted("intact", "files", len(changed), len(then), "changed", note, changed)]

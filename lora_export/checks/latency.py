@@ -5,8 +5,6 @@ from lora_export.compare import median_interval, ratios
 from lora_export.records import MERGED, UNMERGED, Evidence, Status, Timing, Verdict
 
 SCOPES = (checks.RUN,)
-# Merging is meant to save time, never to cost it; a tenth is what shared machines can tell apart.
-LIMIT = 1.10
 LEAST_ROUNDS = 10
 
 
@@ -16,13 +14,13 @@ def judge(evidence: Evidence) -> list[Verdict]:
     if not evidence.timings:
         return [checks.not_run("latency", name, "was not timed") for name in sorted(wanted)]
     return [
-        _judge(timing, runner)
+        _judge(timing, runner, evidence.policy.slowest)
         for timing in evidence.timings
         for runner in sorted((wanted | timing.samples_ms.keys()) - {UNMERGED})
     ]
 
 
-def _judge(timing: Timing, runner: str) -> Verdict:
+def _judge(timing: Timing, runner: str, limit: float) -> Verdict:
     subject = f"{runner}, batch {timing.batch}"
     subject += f", {timing.past} cached" if timing.past else ""
     samples = [timing.samples_ms.get(name, ()) for name in (runner, UNMERGED)]
@@ -30,13 +28,13 @@ def _judge(timing: Timing, runner: str) -> Verdict:
         return checks.not_run("latency", subject, f"fewer than {LEAST_ROUNDS} paired rounds")
     median, low, high = median_interval(ratios(timing, runner))
     status = Status.INCONCLUSIVE
-    if high <= LIMIT:
+    if high <= limit:
         status = Status.PASS
-    elif low > LIMIT:
+    elif low > limit:
         status = Status.FAIL
     note = (
         f"95 % interval [{low:.3f}, {high:.3f}] of {len(samples[0])} pairs; "
         f"smallest visible effect {(high - low) / 2:.3f}"
     )
     unit = "x unmerged"
-    return Verdict("latency", subject, status, median, LIMIT, unit, len(samples[0]), note)
+    return Verdict("latency", subject, status, median, limit, unit, len(samples[0]), note)

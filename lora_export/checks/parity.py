@@ -3,7 +3,7 @@
 from lora_export import checks
 from lora_export.records import Evidence, Verdict
 
-SCOPES = (checks.EXPORT, checks.RUN)
+SCOPES = (checks.TRIAL, checks.EXPORT, checks.QUICK, checks.RUN, checks.REPLAY)
 
 
 def applies(evidence: Evidence) -> bool:

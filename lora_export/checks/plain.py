@@ -4,7 +4,7 @@ from lora_export import checks
 from lora_export.errors import listed
 from lora_export.records import Artifact, Evidence, Modules, Verdict
 
-SCOPES = (checks.MERGE, checks.EXPORT, checks.RUN, checks.VERIFY)
+SCOPES = (checks.MERGE, checks.TRIAL, checks.EXPORT, checks.QUICK, checks.RUN, checks.VERIFY)
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
@@ -21,11 +21,13 @@ def _merged(modules: Modules) -> Verdict:
         if modules.expected.get(path) != modules.found.get(path)
     } | set(modules.lora_names)
     note = listed("differs", differing) if differing else modules.claim
-    return checks.counted("plain", "merged", len(differing), len(modules.found), "modules", note)
+    return checks.counted(
+        "plain", "merged", len(differing), len(modules.found), "modules", note, differing
+    )
 
 
 def _artifact(artifact: Artifact) -> Verdict:
     names = artifact.lora_names
     note = listed("names", names) if names else "no operator, module or tensor is named after LoRA"
     files = len(artifact.files)
-    return checks.counted("plain", artifact.format, len(names), files, "LoRA names", note)
+    return checks.counted("plain", artifact.format, len(names), files, "LoRA names", note, names)

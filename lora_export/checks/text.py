@@ -42,7 +42,7 @@ def _tokens(replies: tuple[Reply, ...]) -> Verdict:
     note = f"ids and mask of {count - len(wrong)} of {count} texts are the tokenizer's"
     if wrong:
         note = listed(note, (repr(text[:40]) for text in wrong))
-    return checks.counted("text", "tokens", len(wrong), count, "texts", note)
+    return checks.counted("text", "tokens", len(wrong), count, "texts", note, wrong)
 
 
 def _labels(replies: tuple[Reply, ...], signature: Signature) -> Verdict:
@@ -63,4 +63,4 @@ def _labels(replies: tuple[Reply, ...], signature: Signature) -> Verdict:
     note = f"{count - len(wrong)} of {count} labels and probabilities follow from the logits"
     if wrong:
         note = listed(note, (repr(text[:40]) for text in wrong))
-    return checks.counted("text", "labels", len(wrong), count, "texts", note)
+    return checks.counted("text", "labels", len(wrong), count, "texts", note, wrong)

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_export.opening import Job
-    from lora_export.records import Certificate
+    from lora_export.records import Certificate, Policy
 
 Command = Callable[..., Any]
+STRICT = {"multiple": 3.0, "allowed_loss": 0.0}
 adapter_option = click.option(
     "--adapter", required=True, type=click.Path(path_type=Path), help="Adapter file or directory."
 )
@@ -104,6 +105,31 @@ data_option = click.option(
     help="Sentences to compare on: a .tsv with a header (sentence, label), a folder with dev.tsv, "
     "or a text file with one a line. Default: a small set that comes with the package.",
 )
+
+
+def limit_options(command: Command) -> Command:
+    """Add what a caller may say about the limits of the checks; see `policy`."""
+    strict = click.option(
+        "--strict",
+        is_flag=True,
+        help="Take a tolerance of 3 noise floors instead of 8, and allow no loss of accuracy.",
+    )
+    tolerance = click.option(
+        "--tolerance",
+        type=click.FloatRange(0, min_open=True),
+        help="Absolute tolerance of outputs, in place of the one derived from the noise floor.",
+    )
+    return strict(tolerance(command))
+
+
+def policy(options: dict[str, Any]) -> "Policy":
+    """Take the limits out of a command's `options`, and return them."""
+    from lora_export.records import Policy
+
+    tolerance, strict = options.pop("tolerance"), options.pop("strict")
+    return Policy(tolerance=tolerance, **(STRICT if strict else {}))
+
+
 cache_option = click.option(
     "--cache/--no-cache",
     default=True,

@@ -31,6 +31,7 @@ from lora_export.cli import _shared
 )
 @_shared.cache_option
 @_shared.seed_option
+@_shared.limit_options
 @_shared.merge_options
 @_shared.overwrite_option
 @_shared.json_option
@@ -70,6 +71,7 @@ def command(
             overwrite=overwrite,
             cache=cache,
             seed=seed,
+            policy=_shared.policy(options),
             command=_shared.invoked(),
             say=say,
             **options,

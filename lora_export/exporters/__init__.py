@@ -9,7 +9,7 @@ To add a format, add one file here with:
     export(request: Request)                write `request.path` (and files beside it); raises
                                             `ExportFailed`
     inspect(path) -> Contents               what the written file says about itself
-    open_runner(path, threads) -> Runner    something that runs it
+    open_runner                             from the runner of the same name, in `runners/`
     files(path) -> Iterable[Path]           optional: the files it consists of, `path` first; else
                                             `path` and `path.*`
     require()                               optional: raises where what writes or runs it is not
@@ -100,6 +100,41 @@ def refuse_unknown(name: str, form: Form) -> None:
             if option not in heeded:
                 raise InputError(f"{name} has no {flag}")
             raise InputError(f"{flag} changes nothing for {name} in {form.precision}")
+
+
+def artifacts_in(folder: Path) -> tuple[Path, ...]:
+    """Return the files in `folder` that are named as an exporter names them."""
+    if not folder.is_dir():
+        return ()
+    return tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _format_of(file))
+
+
+def by_format(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return each of `paths` under its format, which its suffix tells.
+
+    Raises:
+        InputError: there is none, no such file, an unknown suffix, or two of one format.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        name = _format_of(path)
+        if not name:
+            suffixes = ", ".join(load(known).SUFFIX for known in names())
+            raise InputError(f"{path} is named like no artifact; known: {suffixes}")
+        if not path.is_file():
+            raise InputError(f"no artifact at {path}")
+        if name in found:
+            raise InputError(f"{found[name]} and {path} are both {name}; check them one at a time")
+        found[name] = path
+    if not found:
+        raise InputError("there is no artifact to check; pass --artifact")
+    return found
+
+
+def _format_of(path: Path) -> str:
+    """Return the format whose suffix `path` has, the longest of them; "" where there is none."""
+    fitting = [name for name in names() if path.name.endswith(load(name).SUFFIX)]
+    return max(fitting, key=lambda name: len(load(name).SUFFIX), default="")
 
 
 def lacking(name: str) -> str:

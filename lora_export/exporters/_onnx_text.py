@@ -4,12 +4,10 @@ That the graph of the tokenizer does what the tokenizer does is not assumed but 
 as it was written, before anything is handed out.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_export import inputs
@@ -17,10 +15,8 @@ from lora_export.compare import differing
 from lora_export.errors import ExportFailed, InputError, first_line, listed
 from lora_export.exporters._onnx_graph import Model, Value
 from lora_export.exporters._onnx_tokenizer import OPSETS, stated
-from lora_export.records import LABEL, PROBABILITIES, TEXT, Signature
-from lora_export.runners.onnx import OnnxTextRunner, text_library
-
-_IDS = ("input_ids", "attention_mask", "token_type_ids")
+from lora_export.records import LABEL, PROBABILITIES, TEXT, TOKENS, Signature
+from lora_export.runners.onnx import open_text, text_library
 
 
 def refuse(signature: Signature, tokens: Any, *, external_data: bool) -> None:
@@ -39,7 +35,7 @@ def refuse(signature: Signature, tokens: Any, *, external_data: bool) -> None:
         )
     outputs = {spec.name for spec in signature.outputs}
     choices = any("choices" in spec.axes for spec in signature.inputs)
-    if choices or "start_logits" in outputs or names - {*_IDS}:
+    if choices or "start_logits" in outputs or names - {*TOKENS}:
         raise InputError(
             "the graph makes one sequence of one text; pairs of a question and a context, and "
             "choices, are not written"
@@ -94,7 +90,7 @@ def prove(path: Path, tokens: Any, signature: Signature) -> None:
     sentences = inputs.text_batches(tokens, signature, *inputs.read_texts(None))
     batches = (*inputs.hard_batches(tokens, signature), *sentences)
     try:
-        runner = open_runner(path, 1)
+        runner = open_text(path, 1)
         wrong = []
         for batch in batches:
             found = runner.tokenize(batch.texts)
@@ -112,44 +108,6 @@ def prove(path: Path, tokens: Any, signature: Signature) -> None:
                 (repr(text[:40]) for text in wrong),
             )
         )
-
-
-def open_runner(path: Path, threads: int) -> OnnxTextRunner:
-    """Return a runner for the file at `path`, and for its two parts."""
-    return OnnxTextRunner(
-        path, threads, functools.partial(_front, path), functools.partial(_back, path)
-    )
-
-
-def _front(path: Path) -> bytes:
-    """Return the model up to the token ids that is in the file at `path`."""
-    model = ir.load(str(path))
-    model.graph.outputs[:] = [value for value in _made(model) if value.name in _IDS]
-    return _cut(model)
-
-
-def _back(path: Path) -> bytes:
-    """Return the model from the token ids on that is in the file at `path`."""
-    model = ir.load(str(path))
-    graph = model.graph
-    graph.inputs.clear()
-    for value in [value for value in _made(model) if value.name in _IDS]:
-        given = ir.val(value.name, dtype=ir.DataType.INT64, shape=ir.Shape(["batch", "sequence"]))
-        value.name = f"{TEXT}.{value.name}"
-        value.replace_all_uses_with(given)
-        graph.inputs.append(given)
-    graph.outputs[:] = [v for v in graph.outputs if v.name not in (LABEL, PROBABILITIES)]
-    return _cut(model)
-
-
-def _cut(model: Model) -> bytes:
-    RemoveUnusedNodesPass()(model)
-    found: bytes = ir.to_proto(model).SerializeToString()
-    return found
-
-
-def _made(model: Model) -> list[Value]:
-    return [value for node in model.graph for value in node.outputs]
 
 
 def _graft(model: Model, part: Model, *, first: bool) -> tuple[list[Value], list[Value]]:

@@ -26,7 +26,8 @@ from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
 from lora_export.runners._torch import NOTE, precision_of
-from lora_export.runners.aoti import AotiRunner, note_of
+from lora_export.runners.aoti import note_of
+from lora_export.runners.aoti import open_runner as open_runner
 
 SUFFIX = ".aoti.pt2"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -109,14 +110,6 @@ def inspect(path: Path) -> Contents:
         return Contents(inputs, outputs, tuple(content.pop("names")), content)
     except (ValueError, KeyError) as error:
         raise ExportFailed(f"{path.name} is no AOTInductor package: {error}") from error
-
-
-def open_runner(path: Path, threads: int) -> AotiRunner:
-    """Return a runner for the file at `path`.
-
-    `threads` is not used: torch has one setting for all that runs in it, and the caller has set it.
-    """
-    return AotiRunner(path)
 
 
 @contextlib.contextmanager

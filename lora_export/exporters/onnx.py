@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from lora_export.exporters import (
 from lora_export.exporters._onnx_graph import Model
 from lora_export.exporters._program import traced
 from lora_export.records import Signature, TensorSpec
-from lora_export.runners.onnx import OnnxRunner
+from lora_export.runners.onnx import DATA, refuse_other_data
+from lora_export.runners.onnx import open_runner as open_runner
 
 SUFFIX = ".onnx"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -39,7 +40,6 @@ OPTIONS = {
 }
 # Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
 OPSET = 20
-DATA = "lora_export.data"  # metadata: name and digest of the file of weights
 # Node metadata of the exporter that carries the exporting machine's paths.
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
 
@@ -112,7 +112,7 @@ def inspect(path: Path) -> Contents:
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
         raise ExportFailed(f"{path.name} is no valid ONNX file: {first_line(error)}") from error
     graph, said = model.graph, {entry.key: entry.value for entry in model.metadata_props}
-    _refuse_other_data(path, _data_names(model), said)
+    refuse_other_data(path, _data_names(model), said)
     return Contents(
         inputs=tuple(_spec(value) for value in graph.input),
         outputs=tuple(_spec(value) for value in graph.output),
@@ -130,24 +130,6 @@ def inspect(path: Path) -> Contents:
     )
 
 
-def open_runner(path: Path, threads: int) -> OnnxRunner:
-    """Return a runner for the file at `path`.
-
-    Raises:
-        InputError: the tokenizer is inside, and what runs it is not installed.
-        ExportFailed: onnxruntime cannot open it, or its weights lie in another file that is not the
-            one that was written with it.
-    """
-    try:
-        runner = OnnxRunner(path, threads)
-    except ExportFailed as error:
-        if _onnx_tokenizer.DOMAIN not in str(error):
-            raise
-        return _onnx_text.open_runner(path, threads)
-    _refuse_other_data(path, (), runner.metadata)
-    return runner
-
-
 def _data_names(model: onnx.ModelProto) -> set[str]:
     return {
         entry.value
@@ -163,17 +145,6 @@ def _tie(path: Path, data: Path) -> None:
     own = {"name": data.name, "digest": storage.digest(data).digest}
     model.metadata_props.add(key=DATA, value=json.dumps(own))
     path.write_bytes(model.SerializeToString())
-
-
-def _refuse_other_data(path: Path, names: Iterable[str], said: Mapping[str, str]) -> None:
-    """Raise unless the files `names` are those that the metadata `said` has."""
-    own = json.loads(said.get(DATA, "{}"))
-    for name in {*names} | ({own["name"]} if own else set()):
-        file = path.with_name(name)
-        if own.get("name") != name or not file.is_file():
-            raise ExportFailed(f"{path.name} needs {name}, which is not the data of an export")
-        if storage.digest(file).digest != own["digest"]:
-            raise ExportFailed(f"{name} is not the data that {path.name} was written with")
 
 
 def _clean(model: Any, about: Mapping[str, str]) -> None:

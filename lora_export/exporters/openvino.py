@@ -16,12 +16,12 @@ from lora_export.errors import ExportFailed, InputError, first_line
 from lora_export.exporters import Contents, Request, _onnx_choose, _onnx_translate
 from lora_export.exporters._program import as_text, from_text
 from lora_export.records import TensorSpec
-from lora_export.runners.openvino import OpenvinoRunner, package
+from lora_export.runners.openvino import NOTE, package
+from lora_export.runners.openvino import open_runner as open_runner
 
 SUFFIX = ".xml"
 PRECISIONS = ("fp32", "bf16", "int8")
 OPTIONS = {"optimize": PRECISIONS, "target": ("int8",)}
-_NOTE = "lora_export"
 
 
 def require() -> None:
@@ -53,7 +53,7 @@ def export(request: Request) -> None:
             read = openvino.Core().read_model(str(graph))
             _name_by_place(read)
             note = as_text(request.signature.inputs, request.signature.outputs, about)
-            read.set_rt_info(note, [_NOTE])
+            read.set_rt_info(note, [NOTE])
             openvino.save_model(read, str(path), compress_to_fp16=False)
         except RuntimeError as error:
             raise ExportFailed(f"openvino: {first_line(error)}") from error
@@ -74,7 +74,7 @@ def inspect(path: Path) -> Contents:
     openvino = package()
     try:
         graph = openvino.Core().read_model(str(path))
-        inputs, outputs, content = from_text(graph.get_rt_info([_NOTE]).astype(str))
+        inputs, outputs, content = from_text(graph.get_rt_info([NOTE]).astype(str))
     except (RuntimeError, ValueError) as error:
         raise ExportFailed(
             f"{path.name} is no OpenVINO graph of lora-export: {first_line(error)}"
@@ -91,12 +91,6 @@ def inspect(path: Path) -> Contents:
             "metadata": content["metadata"],
         },
     )
-
-
-def open_runner(path: Path, threads: int) -> OpenvinoRunner:
-    """Return a runner for the files at `path`, which computes in their precision."""
-    said = inspect(path).facts["metadata"].get(registry.PRECISION, f'"{registry.FULL}"')
-    return OpenvinoRunner(path, threads, "f32" if said == f'"{registry.FULL}"' else "bf16")
 
 
 def _name_by_place(graph: Any) -> None:

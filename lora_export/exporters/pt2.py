@@ -9,7 +9,8 @@ from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
 from lora_export.runners._torch import NOTE
-from lora_export.runners.pt2 import Pt2Runner, loaded
+from lora_export.runners.pt2 import loaded
+from lora_export.runners.pt2 import open_runner as open_runner
 
 SUFFIX = ".pt2"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -56,11 +57,3 @@ def inspect(path: Path) -> Contents:
             "metadata": content["metadata"],
         },
     )
-
-
-def open_runner(path: Path, threads: int) -> Pt2Runner:
-    """Return a runner for the file at `path`.
-
-    `threads` is not used: torch has one setting for all that runs in it, and the caller has set it.
-    """
-    return Pt2Runner(path)

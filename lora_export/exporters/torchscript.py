@@ -13,7 +13,8 @@ from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.records import TensorSpec
-from lora_export.runners.torchscript import SIGNATURE_FILE, TorchScriptRunner
+from lora_export.runners.torchscript import SIGNATURE_FILE
+from lora_export.runners.torchscript import open_runner as open_runner
 
 SUFFIX = ".pt"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -77,16 +78,6 @@ def inspect(path: Path) -> Contents:
         names=(*module.state_dict(), *operators, *(n for n, _ in module.named_modules())),
         facts={"torch": torch.__version__, "metadata": json.loads(extra[ABOUT_FILE])},
     )
-
-
-def open_runner(path: Path, threads: int) -> TorchScriptRunner:
-    """Return a runner for the file at `path`.
-
-    `threads` is not used: torch has one setting for all that runs in it, and the caller has set it.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return TorchScriptRunner(path)
 
 
 def _without_source_paths(traced: Path, path: Path) -> None:

@@ -61,6 +61,14 @@ class AotiRunner:
         return answers(self.module, arrays, arrays, self.outputs)
 
 
+def open_runner(path: Path, threads: int) -> AotiRunner:
+    """Return a runner for the file at `path`; raises as `note_of` and `refuse_other_machine` do.
+
+    `threads` is not used: torch has one setting for all that runs in it, and the caller has set it.
+    """
+    return AotiRunner(path)
+
+
 def note_of(path: Path) -> dict[str, Any]:
     """Return what the exporter wrote into the package at `path` about it.
 

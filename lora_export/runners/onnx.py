@@ -2,17 +2,60 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
-from lora_export import registry
+from lora_export import registry, storage
 from lora_export.errors import ExportFailed, InputError, first_line
 from lora_export.records import LABEL, PROBABILITIES, TEXT, Array
 
 EXTRA = "pip install 'lora-export[text]'"
+DATA = "lora_export.data"  # metadata: name and digest of the file of weights
+_TEXT_DOMAIN = "ai.onnx.contrib"  # of the operators on text
+
+
+def open_runner(path: Path, threads: int) -> "OnnxRunner":
+    """Return a runner for the file at `path`.
+
+    Raises:
+        InputError: the tokenizer is inside, and what runs it is not installed.
+        ExportFailed: onnxruntime cannot open it, or its weights lie in another file that is not the
+            one that was written with it.
+    """
+    try:
+        runner = OnnxRunner(path, threads)
+    except ExportFailed as error:
+        if _TEXT_DOMAIN not in str(error):
+            raise
+        return open_text(path, threads)
+    refuse_other_data(path, (), runner.metadata)
+    return runner
+
+
+def open_text(path: Path, threads: int) -> "OnnxTextRunner":
+    """Return a runner for the file at `path`, which has the tokenizer inside, and its two parts."""
+    from lora_export.runners import _onnx_text
+
+    front, back = (functools.partial(f, path) for f in (_onnx_text.front, _onnx_text.back))
+    return OnnxTextRunner(path, threads, front, back)
+
+
+def refuse_other_data(path: Path, names: Iterable[str], said: Mapping[str, str]) -> None:
+    """Raise unless the files `names` are those that the metadata `said` has.
+
+    Raises:
+        ExportFailed: the data of another export lies there, or none.
+    """
+    own = json.loads(said.get(DATA, "{}"))
+    for name in {*names} | ({own["name"]} if own else set()):
+        file = path.with_name(name)
+        if own.get("name") != name or not file.is_file():
+            raise ExportFailed(f"{path.name} needs {name}, which is not the data of an export")
+        if storage.digest(file).digest != own["digest"]:
+            raise ExportFailed(f"{name} is not the data that {path.name} was written with")
 
 
 class OnnxRunner:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_export import registry
 from lora_export.errors import ExportFailed, InputError, first_line
 from lora_export.records import Array
 
 EXTRA = "pip install 'lora-export[openvino]'"
+NOTE = "lora_export"  # in the graph: inputs, outputs, labels, provenance
 _PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
@@ -51,6 +53,27 @@ class OpenvinoRunner:
         """Return the named outputs for named inputs."""
         found = self.module(dict(inputs))
         return {name: found[name] for name in self.outputs}
+
+
+def open_runner(path: Path, threads: int) -> OpenvinoRunner:
+    """Return a runner for the files at `path`, which computes in their precision.
+
+    Raises:
+        InputError: OpenVINO is not installed.
+        ExportFailed: OpenVINO cannot open them, or lora-export did not write them.
+    """
+    core = package().Core()
+    try:
+        graph = core.read_model(str(path))
+        said = json.loads(graph.get_rt_info([NOTE]).astype(str))["metadata"]
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise ExportFailed(
+            f"{path.name} is no OpenVINO graph of lora-export: {first_line(error)}"
+        ) from error
+    full = json.dumps(registry.FULL)
+    return OpenvinoRunner(
+        path, threads, "f32" if said.get(registry.PRECISION, full) == full else "bf16"
+    )
 
 
 def _ends_the_process(path: Path, options: Mapping[str, str]) -> bool:

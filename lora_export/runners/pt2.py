@@ -36,6 +36,14 @@ class Pt2Runner:
         return answers(self.module, inputs, self.inputs, self.outputs)
 
 
+def open_runner(path: Path, threads: int) -> Pt2Runner:
+    """Return a runner for the file at `path`; raises as `loaded` does.
+
+    `threads` is not used: torch has one setting for all that runs in it, and the caller has set it.
+    """
+    return Pt2Runner(path)
+
+
 def loaded(path: Path) -> tuple[ExportedProgram, str]:
     """Return the program in the file at `path`, and the note that lora-export left beside it.
 
