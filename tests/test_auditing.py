@@ -361,3 +361,42 @@ def test_another_adapter_of_the_same_kind_is_seen(merge_of, case):
         touched = [audit for audit in touched if "embed" not in audit.tensor]
     assert touched
     assert all(audit.misrounded > audit.elements / 4 for audit in touched)
+
+
+# ---------------------------------------------------------------- what a wrong tensor holds
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 2.0, -1.0])
+def test_how_much_of_the_update_is_there_is_measured(merged, tmp_path, factor):
+    job, written = merged
+    arrays = {name: info.array() for name, info in written.tensors.items()}
+    base = job.checkpoint.tensors[QUERY.removeprefix("bert.")].array()
+    arrays[QUERY] = base + (arrays[QUERY] - base) * np.float32(factor)
+    storage.write_safetensors(
+        tmp_path / storage.SINGLE, [NewTensor.of(n, a) for n, a in arrays.items()], {}
+    )
+    found = auditing.weights(job.plan, job.adapter, job.checkpoint, Checkpoint.open(tmp_path))
+    one = next(audit for audit in found if audit.tensor == QUERY)
+    assert one.applied == pytest.approx(factor, abs=1e-5)
+    assert one.strange < 1e-5
+
+
+def test_another_update_is_told_from_a_multiple(merged, tmp_path):
+    job, written = merged
+    arrays = {name: info.array() for name, info in written.tensors.items()}
+    base = job.checkpoint.tensors[QUERY.removeprefix("bert.")].array()
+    arrays[QUERY] = base + (arrays[QUERY] - base).T
+    storage.write_safetensors(
+        tmp_path / storage.SINGLE, [NewTensor.of(n, a) for n, a in arrays.items()], {}
+    )
+    found = auditing.weights(job.plan, job.adapter, job.checkpoint, Checkpoint.open(tmp_path))
+    one = next(audit for audit in found if audit.tensor == QUERY)
+    assert one.strange > 0.5
+    # against plain sums over the matrices
+    pair = job.adapter.modules[QUERY.removesuffix(".weight")]
+    update = pair.scale * (pair.b.astype(np.float64) @ pair.a.astype(np.float64))
+    went = arrays[QUERY].astype(np.float64) - base.astype(np.float64)
+    applied = (went * update).sum() / (update**2).sum()
+    assert one.applied == pytest.approx(applied, rel=1e-6)
+    rest = np.linalg.norm(went - applied * update) / np.linalg.norm(went)
+    assert one.strange == pytest.approx(rest, rel=1e-6)

@@ -9,7 +9,10 @@ from hand_made import LOGITS, evidence, reading, recordings, reduced
 from lora_export import checks, registry
 from lora_export.records import Evidence, Status
 
-SCOPES = {checks.MERGE, checks.EXPORT, checks.RUN, checks.VERIFY}
+SCOPES = {
+    checks.MERGE, checks.TRIAL, checks.EXPORT, checks.QUICK, checks.RUN, checks.VERIFY,
+    checks.REPLAY,
+}  # fmt: skip
 FIELDS = {
     "account": None, "weights": (), "modules": None, "signature": None, "artifacts": (),
     "batches": (), "recordings": {}, "timings": (), "files": (),

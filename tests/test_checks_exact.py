@@ -1,3 +1,4 @@
+import pytest
 from hand_made import audit, evidence
 
 from lora_export.checks import exact
@@ -54,3 +55,20 @@ def test_what_was_derived_in_full_is_not_said_to_be_a_sample():
 def test_a_misrounded_element_of_a_sample_fails():
     rounding, _ = _judge(audit(of=1000, misrounded=1))
     assert (rounding.status, rounding.measured) == (Status.FAIL, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"misrounded": 1}, "worst (1 of 1,000 elements)"),
+        ({"misrounded": 999, "applied": 2.0}, "worst (2 times its update)"),
+        ({"misrounded": 999, "applied": 0.25}, "worst (0.25 times its update)"),
+        ({"misrounded": 999, "applied": 0.0}, "worst (its update is missing)"),
+        ({"misrounded": 999, "applied": 0.0, "strange": 1.0}, "something else than its update"),
+        ({"misrounded": 999, "applied": 0.5, "strange": 0.7}, "0.5 times its update, and 70%"),
+    ],
+)
+def test_what_a_wrong_tensor_holds_is_said(changes, said):
+    rounding, _ = _judge(audit(), audit("worst", elements=1000, **changes))
+    assert said in rounding.note
+    assert rounding.where == ("worst",)

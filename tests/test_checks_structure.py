@@ -1,10 +1,10 @@
 import dataclasses
 
 import pytest
-from hand_made import artifact, evidence, signature
+from hand_made import artifact, evidence, signature, with_recording
 
 from lora_export.checks import structure
-from lora_export.records import Status
+from lora_export.records import Placement, Status
 
 INPUTS, OUTPUTS = signature().inputs, signature().outputs
 METADATA = {"labels": ["negative", "positive"]}
@@ -90,3 +90,35 @@ def test_each_artifact_has_its_own_verdict():
 @pytest.mark.parametrize("missing", [{"artifacts": ()}, {"signature": None}])
 def test_nothing_to_compare_with_is_not_run(missing):
     assert [v.status for v in structure.judge(evidence(**missing))] == [Status.NOT_RUN]
+
+
+# ---------------------------------------------------------------- shapes and size
+
+
+def _silent_at(index, why):
+    found = evidence()
+    answers = found.recordings["onnx"]
+    outputs = tuple({} if i == index else out for i, out in enumerate(answers.outputs))
+    errors = tuple(why if i == index else "" for i in range(len(outputs)))
+    return with_recording(
+        found, "onnx", dataclasses.replace(answers, outputs=outputs, errors=errors)
+    )
+
+
+def test_a_shape_that_it_does_not_run_at_fails_whatever_it_declares():
+    (verdict,) = structure.judge(_silent_at(1, "Got: 2 Expected: 3"))
+    assert verdict.status is Status.FAIL
+    assert verdict.where == (
+        "does not run at batch 2, length 3, padding right: Got: 2 Expected: 3",
+    )
+
+
+@pytest.mark.parametrize(("size", "status"), [(130_000_000, "pass"), (140_000_000, "fail")])
+def test_a_file_that_holds_its_weights_twice_fails(size, status):
+    own = dataclasses.replace(artifact().files[0], size_bytes=size)
+    held = Placement("onnx", "weight", ("weight",), "as it is", 25_000_000, 0, 0.0)
+    (verdict,) = structure.judge(
+        evidence(artifacts=(artifact(files=(own,)),), placements=(held,))
+    )
+    assert verdict.status == status
+    assert ("MB for 100.0 MB of weights" in verdict.note) == (status == "fail")

@@ -29,11 +29,9 @@ def test_the_commands_of_the_readme_chain(call, adapter, tmp_path):
     assert only(tmp_path, "sst2.safetensors", "merged", *files)
 
 
-def test_run_and_check_chain(call, adapter, tmp_path, monkeypatch):
-    from lora_export.checks import latency
-
-    monkeypatch.setattr(latency, "LIMIT", 1e9)  # a tiny model on a busy machine proves no speed
-    code, out, err = call("run", "--adapter", "sst2.safetensors")
+def test_run_and_check_chain(call, adapter, tmp_path):
+    # a tiny model on a busy machine proves no speed
+    code, out, err = call("run", "--adapter", "sst2.safetensors", "--slowest", 1e9)
     assert code == 0, out
     assert "proven: " in out
     assert "merging" in err
@@ -47,7 +45,7 @@ def test_run_and_check_chain(call, adapter, tmp_path, monkeypatch):
 def test_json_is_one_object_and_progress_is_elsewhere(call, adapter):
     code, out, err = call("merge", "--adapter", adapter, "--json")
     found = json.loads(out)
-    assert (code, found["schema"], found["ok"]) == (0, 2, True)
+    assert (code, found["schema"], found["ok"]) == (0, 3, True)
     assert {v["status"] for v in found["verdicts"]} == {"pass"}
     assert "auditing" in err
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lora_export.records import Certificate, Policy
 
 Command = Callable[..., Any]
-STRICT = {"multiple": 3.0, "allowed_loss": 0.0}
 adapter_option = click.option(
     "--adapter", required=True, type=click.Path(path_type=Path), help="Adapter file or directory."
 )
@@ -109,25 +108,44 @@ data_option = click.option(
 
 def limit_options(command: Command) -> Command:
     """Add what a caller may say about the limits of the checks; see `policy`."""
-    strict = click.option(
-        "--strict",
-        is_flag=True,
-        help="Take a tolerance of 3 noise floors instead of 8, and allow no loss of accuracy.",
-    )
-    tolerance = click.option(
+    for option in reversed(_LIMIT_OPTIONS):
+        command = option(command)
+    return command
+
+
+_LIMIT_OPTIONS = (
+    click.option(
         "--tolerance",
         type=click.FloatRange(0, min_open=True),
-        help="Absolute tolerance of outputs, in place of the one derived from the noise floor.",
-    )
-    return strict(tolerance(command))
+        help="Of outputs, absolute. Default: 8 times the noise floor, which is how far the "
+        "unmerged model lies from itself in float64.",
+    ),
+    click.option(
+        "--allowed-loss",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Of accuracy, where --data has labels. Default: 0.005.",
+    ),
+    click.option(
+        "--slowest",
+        type=click.FloatRange(0, min_open=True),
+        help="Most latency, in units of the unmerged model's. Default: 1.1.",
+    ),
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="3 noise floors instead of 8, no loss of accuracy, no slower than unmerged.",
+    ),
+)
+_STRICT: dict[str, float] = {"multiple": 3.0, "allowed_loss": 0.0, "slowest": 1.0}
 
 
 def policy(options: dict[str, Any]) -> "Policy":
     """Take the limits out of a command's `options`, and return them."""
     from lora_export.records import Policy
 
-    tolerance, strict = options.pop("tolerance"), options.pop("strict")
-    return Policy(tolerance=tolerance, **(STRICT if strict else {}))
+    limits = _STRICT if options.pop("strict") else {}
+    given = {name: options.pop(name) for name in ("tolerance", "allowed_loss", "slowest")}
+    return Policy(**limits | {name: value for name, value in given.items() if value is not None})
 
 
 cache_option = click.option(
