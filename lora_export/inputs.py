@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -29,6 +29,7 @@ GRID = (
     (2, 0, "right"),
 )  # fmt: skip
 EXAMPLE = (2, 7, "right")
+ODD = (3, 12, "right")  # of inputs made of few tokens
 TIMED = ((1, 32), (8, 32))  # (batch, length) of the latency measurement
 QUICK = 64  # tokens up to which a quick look takes every shape
 HARD_CHARACTERS = 0x3000  # of every tokenizer in a graph all below this are tried, some above
@@ -207,11 +208,12 @@ def picture_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:
     return tuple(batches)
 
 
-def grid_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:
-    """Return random inputs at the shapes of `GRID` that the model accepts.
+def grid_batches(signature: Signature, seed: int, special: Sequence[int] = ()) -> tuple[Batch, ...]:
+    """Return random inputs at the shapes of `GRID` that the model accepts, and odd ones.
 
     With a cache, the tokens are in turn all new, the last one new, and half of them new; a decoder
-    beside an encoder has its source in turn new and cached.
+    beside an encoder has its source in turn new and cached. The odd ones are a single token over
+    and over, and rows of the tokens `special`; of pictures, all zero, and far too bright.
     """
     batches = []
     for number, (batch, length, padding) in enumerate(GRID):
@@ -231,7 +233,29 @@ def grid_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:
             note += f", {more['past']} cached"
         arrays = made(signature, batch, size - more.get("past", 0), padding, seed + number, **more)
         batches.append(Batch("grid", note, arrays))
-    return tuple(batches)
+    return (*batches, *_odd_batches(signature, seed, special))
+
+
+def _odd_batches(signature: Signature, seed: int, special: Sequence[int]) -> Iterator[Batch]:
+    names = {spec.name for spec in signature.inputs}
+    if "pixel_values" in names:
+        for note, factor in (("pictures all zero", 0), ("pictures far too bright", 16)):
+            arrays = made(signature, 2, 0, "none", seed)
+            arrays["pixel_values"] *= factor
+            yield Batch("grid", note, arrays)
+    if "input_ids" not in names:
+        return
+    batch, length, padding = ODD
+    size = min(length, signature.max_length)
+    first = made(signature, 1, 1, "none", seed)["input_ids"].ravel()
+    kinds = (("one token repeated", first), ("special tokens", np.asarray(special, np.int64)))
+    for note, tokens in kinds:
+        if tokens.size:
+            arrays = made(signature, batch, size, padding, seed)
+            row = np.resize(tokens, size)  # every row alike: some models count their end tokens
+            counts = arrays["attention_mask"] == 1
+            arrays["input_ids"] = np.where(counts, row, signature.pad_token_id)
+            yield Batch("grid", f"{note}, batch {batch}, length {size}, padding {padding}", arrays)
 
 
 def example(signature: Signature) -> dict[str, Array]:

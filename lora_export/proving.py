@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_export import inputs, loading, models, stages, timing
 from lora_export.calling import interface_of
-from lora_export.errors import LoraExportError, first_line
+from lora_export.errors import InputError, LoraExportError, first_line
 from lora_export.judging import Say, silent
 from lora_export.opening import Job
 from lora_export.recording import record
@@ -87,7 +87,23 @@ def truth_of(job: Job, unmerged: nn.Module, asked: Asked, *, cache: bool = True)
     batches = stages.batches_of(subject, asked.texts, asked.labels, asked.seed)
     if asked.quick:
         batches = inputs.fewer(batches)
-    return Truth(job, subject, asked, batches, stages.record_truth(subject, batches))
+    recordings = stages.record_truth(subject, batches)
+    raised = [one.errors or [""] * len(batches) for one in recordings.values()]
+    errors = ["".join(said) for said in zip(*raised, strict=True)]
+    if any(e for e, batch in zip(errors, batches, strict=True) if batch.source != "grid"):
+        raise InputError(f"the unmerged model does not run: {max(errors)}")
+    # What it refuses itself is no shape to hold others to.
+    kept = [place for place, error in enumerate(errors) if not error]
+    return Truth(
+        job,
+        subject,
+        asked,
+        tuple(batches[place] for place in kept),
+        {
+            name: replace(one, outputs=tuple(one.outputs[place] for place in kept), errors=())
+            for name, one in recordings.items()
+        },
+    )
 
 
 def observe(truth: Truth, made: Made, *, threads: int, say: Say = silent) -> Evidence:

@@ -216,10 +216,17 @@ def batches_of(
     return inputs.within_budget(
         (
             *real_batches(subject, texts, labels, seed),
-            *inputs.grid_batches(subject.signature, seed),
+            *inputs.grid_batches(subject.signature, seed, special_tokens(subject)),
         ),
         subject.signature,
     )
+
+
+def special_tokens(subject: Subject) -> list[int]:
+    """Return the ids that mean something to the tokenizer and the model, the padding left out."""
+    found = getattr(subject.tokens, "all_special_ids", [])
+    size, padding = subject.signature.vocab_size, subject.signature.pad_token_id
+    return [token for token in found if token < size and token != padding]
 
 
 def real_batches(

@@ -117,8 +117,6 @@ def test_a_shape_that_it_does_not_run_at_fails_whatever_it_declares():
 def test_a_file_that_holds_its_weights_twice_fails(size, status):
     own = dataclasses.replace(artifact().files[0], size_bytes=size)
     held = Placement("onnx", "weight", ("weight",), "as it is", 25_000_000, 0, 0.0)
-    (verdict,) = structure.judge(
-        evidence(artifacts=(artifact(files=(own,)),), placements=(held,))
-    )
+    (verdict,) = structure.judge(evidence(artifacts=(artifact(files=(own,)),), placements=(held,)))
     assert verdict.status == status
     assert ("MB for 100.0 MB of weights" in verdict.note) == (status == "fail")
