@@ -178,13 +178,11 @@ def check_files(
     with timing.all_threads() as threads:
         truth = _truth(job, asked, cache, say)
         say("deriving every merged weight again")
-        audited = merged_files.audit(job, model)
-        found = {name: stages.described(name, place) for name, place in places.items()}
-        made = proving.Made(model, *audited, found, places)
+        made = proving.made_of(job, model, places)
         observed = proving.observe(truth, made, threads=threads, say=say)
         now = judging.files_in(folder) if folder.is_dir() else ()
         if not (folder / judging.CERTIFICATE).is_file():  # nobody said what they should be
-            now = (*storage.digest_tree(model, prefix=f"{model.name}/"), *_own(found))
+            now = (*storage.digest_tree(model, prefix=f"{model.name}/"), *_own(made.artifacts))
         then = judging.outputs_of(folder) or now
         evidence = dataclasses.replace(observed, files=then, files_now=now)
         say("judging")

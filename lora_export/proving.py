@@ -15,6 +15,7 @@ from lora_export import inputs, loading, models, stages, timing
 from lora_export.calling import interface_of
 from lora_export.errors import InputError, LoraExportError, first_line
 from lora_export.judging import Say, silent
+from lora_export.merged_files import audit
 from lora_export.opening import Job
 from lora_export.recording import record
 from lora_export.records import (
@@ -104,6 +105,16 @@ def truth_of(job: Job, unmerged: nn.Module, asked: Asked, *, cache: bool = True)
             for name, one in recordings.items()
         },
     )
+
+
+def made_of(job: Job, merged: Path, places: Mapping[str, Path]) -> Made:
+    """Return what lies in `merged` and at `places`, every merged weight derived again.
+
+    Raises:
+        ExportFailed: an artifact is no file of its format.
+    """
+    found = {name: stages.described(name, place) for name, place in places.items()}
+    return Made(merged, *audit(job, merged), found, places)
 
 
 def observe(truth: Truth, made: Made, *, threads: int, say: Say = silent) -> Evidence:
