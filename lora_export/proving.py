@@ -167,7 +167,7 @@ def _merged_subject(truth: Truth, made: Made) -> tuple[Subject | None, str]:
         try:
             model = loading.load_merged(made.folder, altered=True).requires_grad_(False)
         except LoraExportError as error:
-            return None, first_line(error)
+            return None, first_line(error).replace(str(made.folder), made.folder.name)
     return replace(truth.subject, folder=made.folder, model=model), ""
 
 
