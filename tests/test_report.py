@@ -8,7 +8,7 @@ from hand_made import FILES, certificate, verdict
 from lora_export import report
 from lora_export.errors import InputError
 from lora_export.records import Certificate, FileDigest, Measurement, Status
-from lora_export.report import markdown
+from lora_export.report import _wording
 
 SOUND = certificate(verdict())
 FAILED = certificate(verdict(), verdict(Status.FAIL, check="exact", note="two misrounded"))
@@ -191,4 +191,4 @@ def test_markdown_shows_settings_and_environment():
     [(None, "-"), (0.0, "0"), (1.23456, "1.235"), (9.5367e-07, "9.537e-07"), (float("inf"), "inf")],
 )
 def test_a_number_has_at_most_four_digits(value, shown):
-    assert markdown.number(value) == shown
+    assert _wording.number(value) == shown
