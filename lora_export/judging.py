@@ -112,7 +112,9 @@ def evidence_of(folder: Path) -> Evidence | None:
     Raises:
         InputError: it is damaged.
     """
-    return codec.load(Evidence, folder / EVIDENCE, EVIDENCE) if (folder / EVIDENCE).exists() else None
+    return (
+        codec.load(Evidence, folder / EVIDENCE, EVIDENCE) if (folder / EVIDENCE).exists() else None
+    )
 
 
 def verify_files(
@@ -173,11 +175,10 @@ def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
     if not folder.is_dir():
         raise InputError(f"no run in {folder}: run `lora-export run` first, or pass --run")
     evidence = codec.load(Evidence, folder / EVIDENCE, EVIDENCE)
-    ours = (CERTIFICATE, REPORT)
     now = tuple(
         file
         for file in storage.digest_tree(folder)
-        if file.name not in ours and not file.name.startswith(f"{EVIDENCE}/")
+        if file.name not in REPORTS and not file.name.startswith(f"{EVIDENCE}/")
     )
     evidence = dataclasses.replace(evidence, files_now=now)
     old = certificates.read(folder)

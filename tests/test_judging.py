@@ -10,8 +10,15 @@ from hand_made import artifact, evidence, moved, recording, recordings, with_rec
 from lora_export import checks, codec, judging, storage
 from lora_export.errors import InputError
 from lora_export.records import Evidence, Status
+from lora_export.report import _plots
 
 SETTINGS = {"seed": 7, "overwrite": False}
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch):
+    """They are looked at in test_report_html.py, and take longer than all the rest."""
+    monkeypatch.setattr(_plots, "plots", lambda evidence: [])
 
 
 def _write(folder, found, kept=("merged/model.safetensors", "model.onnx")):
@@ -28,7 +35,7 @@ def _write(folder, found, kept=("merged/model.safetensors", "model.onnx")):
         for a in found.artifacts
     )
     found = dataclasses.replace(found, artifacts=artifacts, files=files, files_now=files)
-    given = (storage.FileDigest("sst2.safetensors", 5, "c" * 64),)
+    given = (storage.FileDigest("sst2.safetensors", 5, "sha256:" + "c" * 64),)
     made = judging.certify(found, checks.RUN, "lora-export run", given, SETTINGS, 3)
     return judging.publish_evidence(found, made, folder)
 

@@ -20,6 +20,4 @@ def judge(evidence: Evidence) -> list[Verdict]:
     how = {name: "new" if name not in then else "missing" for name in then.keys() ^ now.keys()}
     faults = [f"{name} ({how[name]})" if name in how else name for name in changed]
     note = listed("changed since", faults) if changed else "every file has its recorded digest"
-    return [
-        checks.counted("intact", "files", len(changed), len(then), "changed", note, changed)
-    ]
+    return [checks.counted("intact", "files", len(changed), len(then), "changed", note, changed)]

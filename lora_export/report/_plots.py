@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.sax.saxutils import escape
 
 import matplotlib
@@ -37,7 +38,7 @@ _COLOURS = {
     _LIMIT: "var(--limit)",
     **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)},
 }
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lora-export",
     "font.family": "sans-serif",
@@ -50,8 +51,6 @@ _STYLE = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "legend.frameon": False,
-    "hatch.color": _INK,
-    "axes.prop_cycle": matplotlib.cycler(color=_SERIES, linestyle=["-", "--", "-.", ":", "-", "--"]),
 }
 
 
@@ -93,7 +92,9 @@ def _errors(evidence: Evidence) -> Iterator[Plot]:
         least = positive.min() / 2  # where a logarithmic scale has its zero
         figure, axes = _figure(2.6)
         depth = np.arange(len(known))
-        axes.semilogy(depth, np.maximum(errors, least), marker=".", label="deviation")
+        axes.semilogy(
+            depth, np.maximum(errors, least), color=_SERIES[0], marker=".", label="deviation"
+        )
         axes.semilogy(depth, np.maximum(limits, least), color=_LIMIT, ls="--", label="limit")
         bad = np.flatnonzero((errors > limits) | np.isposinf(errors))
         if bad.size:
@@ -190,7 +191,8 @@ def _latencies(evidence: Evidence) -> Iterator[Plot]:
             figure,
             f"latency-{timing.batch}-{timing.sequence}-{timing.past}",
             f"Latency: {shape}",
-            f"Medians, marked by a line: {medians}; {timing.threads} threads.",
+            f"Medians, marked by a line: {medians}; {timing.threads} threads. The slowest of a "
+            "hundred are in the last bar.",
         )
 
 
@@ -205,12 +207,11 @@ def _ridges(axes: Axes, spread: Mapping[str, Array], *, logarithmic: bool) -> st
         every = np.array([1e-9, 1.0])
     low, high = np.quantile(every, [0, 1 if logarithmic else 0.99])
     if logarithmic:
-        low = max(low, high * 1e-6)
         edges = np.geomspace(low, high * 1.01, BINS)
         axes.set_xscale("log")
     else:
         edges = np.linspace(low, high * 1.001 + 1e-9, BINS)
-    for row, (name, values) in enumerate(reversed(positive.items())):
+    for row, values in enumerate(list(positive.values())[::-1]):
         colour = _SERIES[(len(spread) - 1 - row) % len(_SERIES)]
         if not values.size:
             continue
@@ -220,7 +221,7 @@ def _ridges(axes: Axes, spread: Mapping[str, Array], *, logarithmic: bool) -> st
         axes.stairs(heights + row, edges, baseline=row, color=colour)
         median = float(np.median(values))
         axes.plot([median, median], [row, row + 0.85], color=_INK, lw=1.5, ls="-")
-    axes.set_yticks([row + 0.3 for row in range(len(spread))], list(reversed(spread)))
+    axes.set_yticks([row + 0.3 for row in range(len(spread))], list(spread)[::-1])
     axes.tick_params(axis="y", length=0)
     zeros = {name: int((values == 0).sum()) for name, values in spread.items()}
     told = ", ".join(f"{count} of {name}" for name, count in zeros.items() if count)
@@ -322,7 +323,7 @@ def _plot(figure: Figure, name: str, title: str, description: str) -> Plot:
     for colour, variable in _COLOURS.items():
         body = body.replace(colour, variable)
     head = (
-        f'<svg role="img" viewBox="0 0 {width:g} {height:g}" style="max-width: {1.5 * width:g}px" '
+        f'<svg role="img" viewBox="0 0 {width:g} {height:g}" style="max-width: {1.3 * width:g}px" '
         f'aria-labelledby="{identity}-title {identity}-description">'
         f'<title id="{identity}-title">{escape(title)}</title>'
         f'<desc id="{identity}-description">{escape(description)}</desc>'

@@ -22,9 +22,7 @@ def render(certificate: Certificate, evidence: Evidence | None = None) -> str:
         template = _template()
         from lora_export.report import _plots
     except ImportError as error:
-        raise InputError(
-            f"html needs {error.name}: pip install 'lora-export[report]'"
-        ) from error
+        raise InputError(f"html needs {error.name}: pip install 'lora-export[report]'") from error
     return template.render(
         certificate=certificate,
         failing=_wording.failing(certificate),
@@ -40,6 +38,10 @@ def _template() -> "jinja2.Template":
 
     file = importlib.resources.files("lora_export") / "data" / "report.html.jinja"
     surroundings = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     return surroundings.from_string(file.read_text("utf-8"))
