@@ -54,52 +54,45 @@ def _facts(found: "Comparison") -> dict[str, Any]:
 
 
 def _print(found: "Comparison") -> None:
-    if found.verdicts:
-        rows = [
-            (
-                change.name,
-                _verdict(change.before),
-                _verdict(change.after),
-                _ratio(change),
-                ", ".join(change.after.where) if change.after else "",
-                "worse" * change.worse,
-            )
-            for change in found.verdicts
-        ]
-        _shared.print_table(("verdict", "before", "after", "ratio", "where", ""), rows)
-    if found.measurements:
-        measured = [
-            (
-                change.name,
-                *(f"{m.value:.4g} {m.unit}" if m else "-" for m in (change.before, change.after)),
-                _ratio(change),
-            )
-            for change in found.measurements
-        ]
-        _shared.print_table(("measurement", "before", "after", "ratio"), measured)
+    verdicts = [
+        (
+            change.name,
+            *_both(change, _verdict),
+            _ratio(change),
+            ", ".join(change.after.where if change.after is not None else ()),
+            "worse" * change.worse,
+        )
+        for change in found.verdicts
+    ]
+    _print_rows(("verdict", "before", "after", "ratio", "where", ""), verdicts)
+    measured = [
+        (change.name, *_both(change, lambda m: f"{m.value:.4g} {m.unit}"), _ratio(change))
+        for change in found.measurements
+    ]
+    _print_rows(("measurement", "before", "after", "ratio"), measured)
     for title, facts in (("setting", found.settings), ("environment", found.environment)):
-        _print_pairs(title, facts, str)
+        _print_rows((title, "before", "after"), [(c.name, *_both(c, str)) for c in facts])
     for title, files in (("input", found.inputs), ("output", found.outputs)):
-        _print_pairs(title, files, lambda file: file.digest)
+        digests = [(c.name, *_both(c, lambda file: file.digest)) for c in files]
+        _print_rows((title, "before", "after"), digests)
     if not any(vars(found).values()):
         click.echo("nothing changed")
     worse = sum(change.worse for change in found.verdicts)
     click.echo("no verdict got worse" if found.ok else f"WORSE: {worse} verdicts")
 
 
-def _print_pairs(title: str, changes: "Sequence[Change[Any]]", shown: Callable[[Any], str]) -> None:
-    if changes:
-        rows = [
-            (c.name, *("-" if value is None else shown(value) for value in (c.before, c.after)))
-            for c in changes
-        ]
-        _shared.print_table((title, "before", "after"), rows)
+def _print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    if rows:
+        _shared.print_table(head, rows)
 
 
-def _verdict(verdict: "Verdict | None") -> str:
+def _both(change: "Change[Any]", shown: Callable[[Any], str]) -> list[str]:
+    """Return both sides of `change` as text, a dash where one is absent."""
+    return ["-" if side is None else shown(side) for side in (change.before, change.after)]
+
+
+def _verdict(verdict: "Verdict") -> str:
     """Return status, measured and limit of `verdict` in one cell."""
-    if verdict is None:
-        return "-"
     if verdict.measured is None:
         return str(verdict.status)
     limit = "" if verdict.limit is None else f" of {verdict.limit:.4g}"

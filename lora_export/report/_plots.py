@@ -5,6 +5,7 @@ The same evidence gives the same bytes.
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from lora_export.records import (
 
 WIDTH = 5.0  # inches of 72 pixels: what a phone shows without making the letters smaller
 MOST_CLASSES = 12  # in a table of decisions
+MOST_OF_A_NAME = 16  # characters, beside an axis
 BINS = 40
 # Drawn in these, and replaced by the page's own colours, which follow light and dark. They are
 # eight steps apart, and no style of matplotlib has them.
@@ -66,7 +68,9 @@ class Plot:
 
 def plots(evidence: Evidence) -> list[Plot]:
     """Return the plots that there is evidence for."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # The browser has letters that matplotlib's own font lacks.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
         return [
             *_errors(evidence),
             *_differences(evidence),
@@ -87,7 +91,7 @@ def _errors(evidence: Evidence) -> Iterator[Plot]:
         limits = np.array([m.limit for m in known])
         positive = np.concatenate([errors, limits])
         positive = positive[np.isfinite(positive) & (positive > 0)]
-        if not positive.size:
+        if not positive.size or np.isnan(errors).all():
             continue
         least = positive.min() / 2  # where a logarithmic scale has its zero
         figure, axes = _figure(2.6)
@@ -146,7 +150,7 @@ def _differences(evidence: Evidence) -> Iterator[Plot]:
                 f"tolerance {limit:.1e} ", (limit, 1), xycoords=("data", "axes fraction"),
                 ha="right", va="bottom", color=_LIMIT,
             )  # fmt: skip
-        axes.set_xlabel(f"|difference of {output} from float64|")
+        axes.set_xlabel(f"|difference of {_label(output)} from float64|")
         shares = ", ".join(f"{name} at most {values.max():.1e}" for name, values in found.items())
         yield _plot(
             figure,
@@ -177,7 +181,10 @@ def _apart(evidence: Evidence, recording: Recording, output: str) -> Array:
 def _latencies(evidence: Evidence) -> Iterator[Plot]:
     """Draw the times of every runner, one plot for each shape."""
     for timing in evidence.timings:
-        samples = {name: np.array(ms) for name, ms in timing.samples_ms.items() if ms}
+        finite = {
+            n: np.array([t for t in ms if np.isfinite(t)]) for n, ms in timing.samples_ms.items()
+        }
+        samples = {name: times for name, times in finite.items() if times.size}
         if not samples:
             continue
         shape = f"batch {timing.batch}, length {timing.sequence}"
@@ -221,7 +228,9 @@ def _ridges(axes: Axes, spread: Mapping[str, Array], *, logarithmic: bool) -> st
         axes.stairs(heights + row, edges, baseline=row, color=colour)
         median = float(np.median(values))
         axes.plot([median, median], [row, row + 0.85], color=_INK, lw=1.5, ls="-")
-    axes.set_yticks([row + 0.3 for row in range(len(spread))], list(spread)[::-1])
+    axes.set_yticks(
+        [row + 0.3 for row in range(len(spread))], [_label(name) for name in spread][::-1]
+    )
     axes.tick_params(axis="y", length=0)
     zeros = {name: int((values == 0).sum()) for name, values in spread.items()}
     told = ", ".join(f"{count} of {name}" for name, count in zeros.items() if count)
@@ -258,7 +267,7 @@ def _confusions(evidence: Evidence) -> Iterator[Plot]:
         axes.set_xticks(places, labels)
         axes.set_yticks(places, labels)
         axes.set(xlim=(-0.5, len(counts) - 0.5), ylim=(len(counts) - 0.5, -0.5))
-        axes.set(xlabel=f"decision of {name}", ylabel=rows)
+        axes.set(xlabel=f"decision of {_label(name)}", ylabel=rows)
         agreeing, total = int(np.trace(counts)), int(counts.sum())
         yield _plot(
             figure,
@@ -299,7 +308,14 @@ def _decisions(evidence: Evidence, recording: Recording, *, labelled: bool) -> A
 
 def _class_names(evidence: Evidence, count: int) -> Sequence[str]:
     labels = evidence.signature.labels if evidence.signature else ()
-    return labels if len(labels) == count else [str(index) for index in range(count)]
+    known = labels if len(labels) == count else [str(index) for index in range(count)]
+    return [_label(name) for name in known]
+
+
+def _label(name: str) -> str:
+    """Return `name` as it fits beside an axis; a dollar sign begins no formula."""
+    short = name if len(name) <= MOST_OF_A_NAME else name[: MOST_OF_A_NAME - 1] + "…"
+    return short.replace("$", r"\$")
 
 
 # ---------------------------------------------------------------- SVG

@@ -12,7 +12,7 @@ MOST = 65_000
 MOST_OF_A_CELL = 400
 _MARKS = {Status.PASS: "pass", Status.FAIL: "**FAIL**", Status.INCONCLUSIVE: "**inconclusive**"}
 # What would be formatted, and @ and # in front of a name or a number, which would be linked.
-_SPECIAL = re.compile(r"[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)")
+_SPECIAL = re.compile(r"[\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])")
 _LINKED = re.compile(r"([@#])(?=\w)")
 
 # A title, columns and rows.
