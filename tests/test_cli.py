@@ -47,7 +47,7 @@ def test_run_and_check_chain(call, adapter, tmp_path, monkeypatch):
 def test_json_is_one_object_and_progress_is_elsewhere(call, adapter):
     code, out, err = call("merge", "--adapter", adapter, "--json")
     found = json.loads(out)
-    assert (code, found["schema"], found["ok"]) == (0, 2, True)
+    assert (code, found["schema"], found["ok"]) == (0, 3, True)
     assert {v["status"] for v in found["verdicts"]} == {"pass"}
     assert "auditing" in err
 

@@ -64,7 +64,7 @@ def test_a_run_leaves_these_files(finished):
     names = {file.name for file in finished[0].iterdir()}
     assert names == {
         "merged", "model.onnx", "model.pt", "tokenizer", "certificate.json", "report.md",
-        "evidence",
+        "report.xml", "report.html", "evidence",
     }  # fmt: skip
 
 

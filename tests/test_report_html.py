@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hand_made import (
     FILES,
+    MASKS,
     TEXTS,
     artifact,
     certificate,
@@ -21,6 +22,8 @@ from hand_made import (
     moved,
     per_token,
     recording,
+    recordings,
+    signature,
     timing,
     verdict,
     with_recording,
@@ -28,7 +31,7 @@ from hand_made import (
 
 from lora_export import checks, judging, report
 from lora_export.errors import InputError
-from lora_export.records import Evidence, ModuleOutput, Status
+from lora_export.records import Evidence, ModuleOutput, Status, TensorSpec
 from lora_export.report import _plots
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -121,10 +124,10 @@ def test_names_inside_plots_are_shown_and_never_run():
     known = {**FULL.recordings, HOSTILE: recording(HOSTILE, [np.ones((3, 2)), np.ones((2, 2))])}
     timed = timing(**{HOSTILE: 1.0})
     named = dataclasses.replace(FULL.modules_compared[3], module=HOSTILE, artifact=HOSTILE)
-    signature = dataclasses.replace(FULL.signature, labels=(HOSTILE, "positive"))
+    known_labels = signature(labels=(HOSTILE, "positive"))
     found = dataclasses.replace(
         FULL, recordings=known, timings=(timed,), artifacts=(artifact(HOSTILE),),
-        modules_compared=(named,), signature=signature,
+        modules_compared=(named,), signature=known_labels,
     )  # fmt: skip
     page = Page(report.render("html", certificate(verdict()), found))
     assert page.all("script") == page.all("img") == []
@@ -133,10 +136,9 @@ def test_names_inside_plots_are_shown_and_never_run():
 
 @pytest.mark.parametrize("name", ["größer", "好", "a" * 200, "$x_1$", "$", "<&>"])
 def test_a_label_of_any_letters_is_shown(name):
-    signature = dataclasses.replace(FULL.signature, labels=(name, "positive"))
     found = Evidence(
         recordings=FULL.recordings, batches=FULL.batches, artifacts=FULL.artifacts,
-        signature=signature,
+        signature=signature(labels=(name, "positive")),
     )  # fmt: skip
     texts = Page(_plots.plots(found)[-1].svg).texts
     wanted = name if len(name) <= _plots.MOST_OF_A_NAME else name[:15] + "…"
@@ -263,6 +265,27 @@ def test_decisions_are_counted_in_the_right_cell():
     turned = moved(FULL, "onnx", 0, (0, 0), 10.0)  # the first row decides 0 now, and 1 is right
     counts = _plots._decisions(turned, turned.recordings["onnx"], labelled=True)
     assert counts.tolist() == [[1, 0], [1, 1]]
+
+
+def test_decisions_on_tokens_leave_padding_out():
+    found = _plots.plots(dataclasses.replace(per_token(), timings=(), batches=tuple(
+        dataclasses.replace(batch, labels=()) for batch in per_token().batches)))[-1]  # fmt: skip
+    assert found.description == "9 of 9 are those of the reference."
+
+
+def test_places_in_a_text_are_no_classes():
+    spans = signature(outputs=(TensorSpec("logits", "float32", ("batch", "sequence")),))
+    answers = [mask * 1.0 for mask in MASKS]
+    found = evidence(signature=spans, recordings=recordings(answers), timings=())
+    assert titles(found) == ["Differences of logits from the reference"]
+
+
+def test_of_many_differences_a_sample_is_drawn_and_the_largest_told(monkeypatch):
+    monkeypatch.setattr(_plots, "MOST_POINTS", 2)
+    found = moved(FULL, "onnx", 0, (2, 1), 0.5)
+    apart = _plots._apart(found, found.recordings["onnx"], "logits")
+    assert apart.size < 10
+    assert apart.max() == pytest.approx(0.5, abs=1e-4)
 
 
 def test_the_tolerance_is_the_one_of_the_verdict():

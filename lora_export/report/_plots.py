@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lora_export.compare import deciding, noise_floor, valid
+from lora_export.compare import axes_of, deciding, noise_floor, valid
 from lora_export.records import (
     MERGED,
     REFERENCE,
@@ -29,6 +29,7 @@ from lora_export.records import (
 WIDTH = 5.0  # inches of 72 pixels: what a phone shows without making the letters smaller
 MOST_CLASSES = 12  # in a table of decisions
 MOST_OF_A_NAME = 16  # characters, beside an axis
+MOST_POINTS = 20_000
 BINS = 40
 # Drawn in these, and replaced by the page's own colours, which follow light and dark. They are
 # eight steps apart, and no style of matplotlib has them.
@@ -156,12 +157,15 @@ def _differences(evidence: Evidence) -> Iterator[Plot]:
             figure,
             f"differences-{output}",
             f"Differences of {output} from the reference",
-            f"The tolerance is {limit:.1e}; {shares}." + (f" {zeros}." if zeros else ""),
+            f"The tolerance is {limit:.1e}; {shares}." + (f" {zeros}" if zeros else ""),
         )
 
 
 def _apart(evidence: Evidence, recording: Recording, output: str) -> Array:
-    """Return the finite absolute differences of one output from the reference, all batches."""
+    """Return the finite absolute differences of one output from the reference, float64.
+
+    Of a batch with more than `MOST_POINTS`, a sample and the largest.
+    """
     reference = evidence.recordings[REFERENCE]
     found = [np.zeros(0)]
     for batch, expected, given in zip(
@@ -169,13 +173,14 @@ def _apart(evidence: Evidence, recording: Recording, output: str) -> Array:
     ):
         if output in expected and output in given and expected[output].shape == given[output].shape:
             pair = [
-                valid(outputs[output], batch, evidence, output).astype(np.float64)
+                valid(outputs[output], batch, evidence, output).astype(np.float64).ravel()
                 for outputs in (expected, given)
             ]
-            found.append(np.abs(pair[1] - pair[0]).ravel())
-    apart = np.concatenate(found)
-    finite: Array = apart[np.isfinite(apart)]
-    return finite
+            apart = np.abs(pair[1] - pair[0])
+            apart = apart[np.isfinite(apart)]
+            step = 1 + apart.size // MOST_POINTS
+            found += [apart] if step == 1 else [apart[::step], apart.max(keepdims=True)]
+    return np.concatenate(found)
 
 
 def _latencies(evidence: Evidence) -> Iterator[Plot]:
@@ -204,7 +209,7 @@ def _latencies(evidence: Evidence) -> Iterator[Plot]:
 
 
 def _ridges(axes: Axes, spread: Mapping[str, Array], *, logarithmic: bool) -> str:
-    """Draw one histogram above the other, each with its median; return how many zeros are left out.
+    """Draw one histogram above the other, each with its median; say how many zeros are left out.
 
     The first is on top.
     """
@@ -232,9 +237,9 @@ def _ridges(axes: Axes, spread: Mapping[str, Array], *, logarithmic: bool) -> st
         [row + 0.3 for row in range(len(spread))], [_label(name) for name in spread][::-1]
     )
     axes.tick_params(axis="y", length=0)
-    zeros = {name: int((values == 0).sum()) for name, values in spread.items()}
-    told = ", ".join(f"{count} of {name}" for name, count in zeros.items() if count)
-    return f"Differences of exactly zero are not drawn: {told}" if logarithmic and told else ""
+    zeros = {name: float((values == 0).mean()) for name, values in spread.items()}
+    told = ", ".join(f"{share:.1%} of {name}" for name, share in zeros.items() if share)
+    return f"Differences of exactly zero are not drawn: {told}." if logarithmic and told else ""
 
 
 # ---------------------------------------------------------------- decisions
@@ -290,14 +295,18 @@ def _decisions(evidence: Evidence, recording: Recording, *, labelled: bool) -> A
         names = deciding(expected)
         if batch.source == "grid" or not names or names[0] not in given:
             continue
-        scores, answers = expected[names[0]], given[names[0]]
-        wanted = np.asarray(batch.labels) if labelled else scores.argmax(-1)
-        if answers.ndim != 2 or answers.shape != scores.shape or len(wanted) != len(answers):
+        axes, shape = axes_of(evidence, names[0]), expected[names[0]].shape
+        classes = shape[-1]
+        if any(isinstance(axis, str) for axis in axes[-1:]) or not 2 <= classes <= MOST_CLASSES:
+            return None  # a place in the text, or a word
+        if given[names[0]].shape != shape:
             continue
-        classes = answers.shape[1]
-        right.append(wanted)
-        decided.append(answers.argmax(-1))
-    if not right or not 2 <= classes <= MOST_CLASSES:
+        scores, answers = (valid(o[names[0]], batch, evidence, names[0]) for o in (expected, given))
+        wanted = np.asarray(batch.labels) if labelled else scores.argmax(-1)
+        if answers.ndim == 2 and wanted.shape == answers.shape[:1]:
+            right.append(wanted)
+            decided.append(answers.argmax(-1))
+    if not right:
         return None
     counts = np.zeros((classes, classes), np.int64)
     for row, column in zip(np.concatenate(right), np.concatenate(decided), strict=True):
