@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import matplotlib
 import numpy as np
 import pytest
 from hand_made import (
@@ -46,6 +47,9 @@ def modules(*errors, found="value"):
 
 
 FULL = evidence(modules_compared=modules(0.0, 0.5, 2.0, 9.0))
+
+# Two plots, of an artifact's answers alone.
+RECORDED = with_recording(evidence(timings=()), "merged", None)
 
 
 def certified(found):
@@ -136,10 +140,7 @@ def test_names_inside_plots_are_shown_and_never_run():
 
 @pytest.mark.parametrize("name", ["größer", "好", "a" * 200, "$x_1$", "$", "<&>"])
 def test_a_label_of_any_letters_is_shown(name):
-    found = Evidence(
-        recordings=FULL.recordings, batches=FULL.batches, artifacts=FULL.artifacts,
-        signature=signature(labels=(name, "positive")),
-    )  # fmt: skip
+    found = dataclasses.replace(RECORDED, signature=signature(labels=(name, "positive")))
     texts = Page(_plots.plots(found)[-1].svg).texts
     wanted = name if len(name) <= _plots.MOST_OF_A_NAME else name[:15] + "…"
     assert [text for text in texts if text.strip() == wanted]
@@ -181,6 +182,12 @@ def test_the_same_evidence_gives_the_same_bytes_in_another_process():
 
 def certified_again():
     return report.render("html", certificate(verdict()), FULL)
+
+
+def test_a_style_that_was_set_for_other_plots_changes_nothing():
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "svg.hashsalt": "another"}):
+        changed = _plots.plots(RECORDED)
+    assert changed == _plots.plots(RECORDED)
 
 
 # ---------------------------------------------------------------- plots
@@ -253,11 +260,11 @@ def test_the_first_module_that_parts_is_named():
 
 def test_decisions_are_held_against_labels_and_without_them_against_the_reference():
     # The reference says 1, 0, 1 as the labels do; now the labels differ in the last row.
-    changed = [dataclasses.replace(FULL.batches[0], labels=(1, 0, 0)), FULL.batches[1]]
-    found = dataclasses.replace(FULL, batches=tuple(changed))
+    changed = [dataclasses.replace(RECORDED.batches[0], labels=(1, 0, 0)), RECORDED.batches[1]]
+    found = dataclasses.replace(RECORDED, batches=tuple(changed))
     assert _plots.plots(found)[-1].description == "2 of 3 are those of the label."
-    bare = [dataclasses.replace(batch, labels=()) for batch in FULL.batches]
-    found = dataclasses.replace(FULL, batches=tuple(bare))
+    bare = [dataclasses.replace(batch, labels=()) for batch in RECORDED.batches]
+    found = dataclasses.replace(RECORDED, batches=tuple(bare))
     assert _plots.plots(found)[-1].description == "3 of 3 are those of the reference."
 
 
@@ -289,12 +296,11 @@ def test_of_many_differences_a_sample_is_drawn_and_the_largest_told(monkeypatch)
 
 
 def test_the_tolerance_is_the_one_of_the_verdict():
-    (found,) = [p for p in _plots.plots(FULL) if p.name == "differences-logits"]
-    (limit,) = {v.limit for v in checks.judge(FULL, checks.RUN) if v.check == "parity"}
+    found = _plots.plots(RECORDED)[0]
+    (limit,) = {v.limit for v in checks.judge(RECORDED, checks.RUN) if v.check == "parity"}
     assert f"The tolerance is {limit:.1e};" in found.description
 
 
-RECORDED = evidence(timings=())
 TEXT, GRID = RECORDED.batches
 BROKEN = {
     "answers that are NaN": moved(RECORDED, "onnx", 0, (0, 0), np.nan),

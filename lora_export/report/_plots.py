@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 from xml.sax.saxutils import escape
 
-import matplotlib
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from lora_export.compare import axes_of, deciding, noise_floor, valid
 from lora_export.records import (
@@ -69,7 +70,7 @@ class Plot:
 
 def plots(evidence: Evidence) -> list[Plot]:
     """Return the plots that there is evidence for."""
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+    with style.context(["default", _STYLE]), warnings.catch_warnings():
         # The browser has letters that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         return [
@@ -203,8 +204,8 @@ def _latencies(evidence: Evidence) -> Iterator[Plot]:
             figure,
             f"latency-{timing.batch}-{timing.sequence}-{timing.past}",
             f"Latency: {shape}",
-            f"Medians, marked by a line: {medians}; {timing.threads} threads. The slowest of a "
-            "hundred are in the last bar.",
+            f"Medians, marked by a line: {medians}; {timing.threads} threads. The slowest "
+            "hundredth is in the last bar.",
         )
 
 
@@ -263,9 +264,7 @@ def _confusions(evidence: Evidence) -> Iterator[Plot]:
             colour = _SERIES[0] if row == column else _LIMIT
             place = (column - 0.5, row - 0.5)
             axes.add_patch(
-                matplotlib.patches.Rectangle(
-                    place, 1, 1, facecolor=colour, alpha=0.6 * float(shares[row, column])
-                )
+                Rectangle(place, 1, 1, facecolor=colour, alpha=0.6 * float(shares[row, column]))
             )
             axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center")
         places = range(len(counts))
