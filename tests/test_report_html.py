@@ -298,7 +298,7 @@ def test_of_many_differences_a_sample_is_drawn_and_the_largest_told(monkeypatch)
 def test_the_tolerance_is_the_one_of_the_verdict():
     found = _plots.plots(RECORDED)[0]
     (limit,) = {v.limit for v in checks.judge(RECORDED, checks.RUN) if v.check == "parity"}
-    assert f"The tolerance is {limit:.1e};" in found.description
+    assert f"The tolerance is {limit:.1e}; " in found.description
 
 
 TEXT, GRID = RECORDED.batches
@@ -328,6 +328,12 @@ BROKEN = {
     "one time": Evidence(timings=(timing(1, onnx=1.0),)),
     "an answer for each token": dataclasses.replace(per_token(), timings=()),
 }
+
+
+def test_without_a_noise_floor_no_tolerance_is_claimed():
+    description = _plots.plots(BROKEN["no noise floor"])[0].description
+    assert "values that are NaN or infinite" in description
+    assert "tolerance" not in description
 
 
 @pytest.mark.parametrize("found", BROKEN.values(), ids=BROKEN)

@@ -18,27 +18,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lora_export.compare import axes_of, deciding, noise_floor, valid
-from lora_export.records import (
-    MERGED,
-    REFERENCE,
-    UNMERGED,
-    Array,
-    Evidence,
-    Recording,
-)
+from lora_export.records import MERGED, REFERENCE, UNMERGED, Array, Evidence, Recording
 
 WIDTH = 5.0  # inches of 72 pixels: what a phone shows without making the letters smaller
 MOST_CLASSES = 12  # in a table of decisions
 MOST_OF_A_NAME = 16  # characters, beside an axis
 MOST_POINTS = 20_000
 BINS = 40
-# Drawn in these, and replaced by the page's own colours, which follow light and dark. They are
-# eight steps apart, and no style of matplotlib has them.
-_INK, _PAPER, _LIMIT = "#010203", "#040506", "#070809"
+# Drawn in these, which stand for nothing else, and replaced by the page's own colours: those follow
+# light and dark.
+_INK, _LIMIT = "#010203", "#070809"
 _SERIES = ("#0a0b0c", "#0d0e0f", "#101112", "#131415", "#161718", "#191a1b")
 _COLOURS = {
     _INK: "var(--ink)",
-    _PAPER: "var(--paper)",
     _LIMIT: "var(--limit)",
     **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)},
 }
@@ -60,7 +52,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: its name, what it shows in one sentence each for all and for who cannot see it."""
+    """One plot; the description says in words what is to be seen."""
 
     name: str
     title: str
@@ -146,6 +138,7 @@ def _differences(evidence: Evidence) -> Iterator[Plot]:
         limit = evidence.policy.tolerance or evidence.policy.multiple * floor.largest
         figure, axes = _figure(1.2 + 0.5 * len(found))
         zeros = _ridges(axes, found, logarithmic=True)
+        told = floor.defect or f"The tolerance is {limit:.1e}"
         if np.isfinite(limit):
             axes.axvline(limit, color=_LIMIT, ls="--")
             axes.annotate(
@@ -158,7 +151,7 @@ def _differences(evidence: Evidence) -> Iterator[Plot]:
             figure,
             f"differences-{output}",
             f"Differences of {output} from the reference",
-            f"The tolerance is {limit:.1e}; {shares}." + (f" {zeros}" if zeros else ""),
+            f"{told}; {shares}. {zeros}".strip(),
         )
 
 
