@@ -255,7 +255,7 @@ def test_a_verdict_that_got_worse_exits_with_5(call, run, worse):
     code, out, _ = call("compare", run, worse)
     assert code == 5
     assert "parity: onnx" in out
-    assert "WORSE: 1 verdicts" in out
+    assert "WORSE: 1 verdict(s)" in out
     assert call("compare", worse, run)[0] == 0
 
 

@@ -78,7 +78,7 @@ def _print(found: "Comparison") -> None:
     if not any(vars(found).values()):
         click.echo("nothing changed")
     worse = sum(change.worse for change in found.verdicts)
-    click.echo("no verdict got worse" if found.ok else f"WORSE: {worse} verdicts")
+    click.echo("no verdict got worse" if found.ok else f"WORSE: {worse} verdict(s)")
 
 
 def _print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
