@@ -5,11 +5,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export import checks, codec, environment, measurements, publishing, report, storage
+from lora_export import (
+    certificates,
+    checks,
+    codec,
+    companions,
+    environment,
+    measurements,
+    merging,
+    publishing,
+    report,
+    storage,
+)
+from lora_export.checks import intact
 from lora_export.errors import InputError, listed
 from lora_export.records import Certificate, Evidence, FileDigest, Verdict
 
-CERTIFICATE, REPORT, EVIDENCE = "certificate.json", "report.md", "evidence"
+CERTIFICATE, REPORT, EVIDENCE = certificates.NAME, "report.md", "evidence"
+# What is written of a certificate: file -> report.
+REPORTS = {CERTIFICATE: "json", REPORT: "markdown", "report.xml": "junit", "report.html": "html"}
 Say = Callable[[str], None]
 
 
@@ -33,7 +47,7 @@ def certify(
         inputs=tuple(given),
         outputs=evidence.files,
         environment=environment.describe(threads),
-        settings=settings,
+        settings={**settings, "scope": scope},
     )
 
 
@@ -46,23 +60,33 @@ def digests_now(files: Sequence[FileDigest], folder: Path) -> tuple[FileDigest, 
     )
 
 
-def write_certificate(certificate: Certificate, folder: Path) -> None:
-    """Write certificate.json and report.md to `folder`."""
-    for name, kind in ((CERTIFICATE, "json"), (REPORT, "markdown")):
+def write_certificate(
+    certificate: Certificate, folder: Path, evidence: Evidence | None = None, *, say: Say = silent
+) -> None:
+    """Write the certificate to `folder` as each of `REPORTS` shows it.
+
+    A report that needs a package which is not installed is left out, and an older one is removed:
+    no report may show another certificate.
+    """
+    for name, kind in REPORTS.items():
+        try:
+            text = report.render(kind, certificate, evidence)
+        except InputError as error:
+            say(f"{name} is left out: {error}")
+            (folder / name).unlink(missing_ok=True)
+            continue
         with publishing.staged(folder / name, overwrite=True) as file:
-            file.write_text(report.render(kind, certificate), "utf-8")
+            file.write_text(text, "utf-8")
 
 
 def _held_against(
-    verdicts: Sequence[Verdict],
-    found: Sequence[FileDigest],
-    told: set[tuple[str, str]],
-    recorded: Sequence[FileDigest],
+    verdicts: Sequence[Verdict], found: Sequence[FileDigest], old: Certificate
 ) -> list[Verdict]:
     """Return what only the old certificate can tell: other evidence, a verdict that is gone."""
+    told = {(v.check, v.subject) for v in old.verdicts}
     lost = told - {(v.check, v.subject) for v in verdicts} - {("intact", "evidence")}
     faults = [checks.not_run(*claim, "its evidence is gone") for claim in sorted(lost)]
-    if changed := {file.name for file in set(found) ^ set(recorded)}:
+    if changed := {file.name for file in set(found) ^ set(old.evidence)}:
         note = listed("changed since", changed)
         faults.append(
             checks.counted("intact", "evidence", len(changed), len(found), "changed", note)
@@ -70,36 +94,39 @@ def _held_against(
     return faults
 
 
-def publish_evidence(evidence: Evidence, certificate: Certificate, folder: Path) -> Certificate:
+def publish_evidence(
+    evidence: Evidence, certificate: Certificate, folder: Path, *, say: Say = silent
+) -> Certificate:
     """Write the evidence and the certificate over it to `folder`; return the certificate."""
     (folder / EVIDENCE).mkdir()
     codec.save(evidence, folder / EVIDENCE, EVIDENCE)
     digests = tuple(storage.digest(file) for file in sorted((folder / EVIDENCE).iterdir()))
     complete = dataclasses.replace(certificate, evidence=digests)
-    write_certificate(complete, folder)
+    write_certificate(complete, folder, evidence, say=say)
     return complete
 
 
 def files_in(folder: Path) -> tuple[FileDigest, ...]:
     """Return the files of the run in `folder` as they are now, but for what is said about them."""
-    ours = (CERTIFICATE, REPORT)
     return tuple(
         file
         for file in storage.digest_tree(folder)
-        if file.name not in ours and not file.name.startswith(f"{EVIDENCE}/")
+        if file.name not in REPORTS and not file.name.startswith(f"{EVIDENCE}/")
     )
 
 
-def outputs_of(folder: Path) -> tuple[FileDigest, ...]:
-    """Return the files of the run in `folder` as its certificate has them; none without one."""
-    if not (folder / CERTIFICATE).is_file():
-        return ()
-    told = storage.read_json(folder / CERTIFICATE).get("outputs", [])
-    found: tuple[FileDigest, ...] = codec.from_json(tuple[FileDigest, ...], told, {})
-    return found
+def evidence_of(folder: Path) -> Evidence | None:
+    """Return the evidence of the run in `folder`; None where it keeps none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return (
+        codec.load(Evidence, folder / EVIDENCE, EVIDENCE) if (folder / EVIDENCE).exists() else None
+    )
 
 
-def evidence_of(folder: Path) -> Evidence:
+def saved_evidence(folder: Path) -> Evidence:
     """Return the evidence that the run in `folder` saved.
 
     Raises:
@@ -109,6 +136,51 @@ def evidence_of(folder: Path) -> Evidence:
         raise InputError(f"no run in {folder}: run `lora-export run` first, or pass --run")
     found: Evidence = codec.load(Evidence, folder / EVIDENCE, EVIDENCE)
     return found
+
+
+def verify_files(
+    folder: str | Path, *, command: str = "lora_export.verify_files", say: Say = silent
+) -> Certificate:
+    """Hold the files in `folder` against the digests that were written down beside them.
+
+    `folder` has a certificate, as a run does, or is a merged model. Nothing is derived, nothing is
+    written. A file that was not recorded is a fault where a loader would read it.
+
+    Raises:
+        InputError: there is no record in `folder`, or it is damaged.
+    """
+    folder = Path(folder)
+    if (folder / CERTIFICATE).is_file():
+        record, made = CERTIFICATE, certificates.read(folder)
+        kept = [dataclasses.replace(f, name=f"{EVIDENCE}/{f.name}") for f in made.evidence]
+        recorded = (*made.outputs, *kept)
+    elif (folder / companions.PROVENANCE).is_file():
+        record, recorded = companions.PROVENANCE, merging.recorded_files(folder)
+    else:
+        raise InputError(f"{folder} has neither {CERTIFICATE} nor {companions.PROVENANCE}")
+    say("hashing")
+    names = {file.name for file in recorded}
+    folders = {Path(name).parent for name in names}
+    ours = {record, *(REPORTS if record == CERTIFICATE else ())}
+    now = tuple(
+        file
+        for file in storage.digest_tree(folder)
+        if file.name in names
+        or (
+            file.name not in ours
+            and Path(file.name).parent in folders
+            and companions.is_loaded(Path(file.name).name)
+        )
+    )
+    return Certificate(
+        command=command,
+        verdicts=tuple(intact.judge(Evidence(files=recorded, files_now=now))),
+        measurements=(),
+        inputs=(storage.digest(folder / record),),
+        outputs=now,
+        environment=environment.describe(1),
+        settings={},
+    )
 
 
 def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
@@ -121,22 +193,14 @@ def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
     """
     folder = Path(folder)
     say("judging recorded evidence")
-    evidence = evidence_of(folder)
-    evidence = dataclasses.replace(evidence, files_now=files_in(folder))
-    old = storage.read_json(folder / CERTIFICATE)
-    try:
-        given = codec.from_json(tuple[FileDigest, ...], old["inputs"], {})
-        command, settings = str(old["command"]), dict(old["settings"])
-        surroundings = dict(old["environment"])
-        recorded = codec.from_json(tuple[FileDigest, ...], old["evidence"], {})
-        told = {(str(v["check"]), str(v["subject"])) for v in old["verdicts"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / CERTIFICATE} is damaged: {error}") from error
-    fresh = certify(evidence, checks.RUN, command, given, settings, 1)
+    evidence = dataclasses.replace(saved_evidence(folder), files_now=files_in(folder))
+    old = certificates.read(folder)
+    scope = str(old.settings.get("scope", checks.RUN))
+    fresh = certify(evidence, scope, old.command, old.inputs, old.settings, 1)
     found = tuple(storage.digest(file) for file in sorted((folder / EVIDENCE).iterdir()))
-    verdicts = (*fresh.verdicts, *_held_against(fresh.verdicts, found, told, recorded))
+    verdicts = (*fresh.verdicts, *_held_against(fresh.verdicts, found, old))
     certificate = dataclasses.replace(
-        fresh, verdicts=verdicts, environment=surroundings, evidence=recorded
+        fresh, verdicts=verdicts, environment=old.environment, evidence=old.evidence
     )
-    write_certificate(certificate, folder)
+    write_certificate(certificate, folder, evidence, say=say)
     return certificate

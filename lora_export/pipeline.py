@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import (
+    certificates,
     checks,
     exporters,
     inputs,
@@ -117,7 +118,7 @@ def run(
         given = job.inputs(source, merged.base)
         settings = _settings(truth, evidence)
         certificate = certify(evidence, checks.RUN, command, given, settings, threads)
-        return publish_evidence(evidence, certificate, folder)
+        return publish_evidence(evidence, certificate, folder, say=say)
 
 
 def check_files(
@@ -166,7 +167,8 @@ def check_files(
     model = Path(merged) if merged is not None else folder / MERGED_FOLDER
     if not model.is_dir():
         raise InputError(f"no merged model in {model}; pass --merged")
-    places = exporters.by_format([*map(Path, artifacts)] or exporters.artifacts_in(folder))
+    found = [path for path in exporters.artifacts_in(folder) if path.name not in judging.REPORTS]
+    places = exporters.by_format([*map(Path, artifacts)] or found)
     if out is not None:
         publishing.check_output(Path(out), overwrite=overwrite, directory=True, inputs=[folder])
     texts, labels = inputs.read_texts(source)
@@ -180,10 +182,10 @@ def check_files(
         say("deriving every merged weight again")
         made = proving.made_of(job, model, places)
         observed = proving.observe(truth, made, threads=threads, say=say)
-        now = judging.files_in(folder) if folder.is_dir() else ()
-        if not (folder / judging.CERTIFICATE).is_file():  # nobody said what they should be
-            now = (*storage.digest_tree(model, prefix=f"{model.name}/"), *_own(made.artifacts))
-        then = judging.outputs_of(folder) or now
+        now = (*storage.digest_tree(model, prefix=f"{model.name}/"), *_own(made.artifacts))
+        then = now  # where nobody said what they should be
+        if not (merged or artifacts) and (folder / judging.CERTIFICATE).is_file():
+            then, now = certificates.read(folder).outputs, judging.files_in(folder)
         evidence = dataclasses.replace(observed, files=then, files_now=now)
         say("judging")
         scope = checks.QUICK if quick else checks.RUN
@@ -193,7 +195,7 @@ def check_files(
             return certificate
         with publishing.staged(Path(out), overwrite=overwrite) as place:
             place.mkdir()
-            return publish_evidence(evidence, certificate, place)
+            return publish_evidence(evidence, certificate, place, say=say)
 
 
 def _own(artifacts: Mapping[str, Artifact]) -> tuple[FileDigest, ...]:

@@ -34,7 +34,7 @@ def replay(
     folder = Path(folder)
     if out is not None:
         publishing.check_output(Path(out), overwrite=overwrite, directory=True, inputs=[folder])
-    evidence = judging.evidence_of(folder)
+    evidence = judging.saved_evidence(folder)
     artifacts = [a for a in evidence.artifacts if a.format in WITHOUT_TORCH]
     left = sorted({a.format for a in evidence.artifacts} - {a.format for a in artifacts})
     if not artifacts:
@@ -66,4 +66,4 @@ def replay(
         return certificate
     with publishing.staged(Path(out), overwrite=overwrite) as place:
         place.mkdir()
-        return judging.publish_evidence(again, certificate, place)
+        return judging.publish_evidence(again, certificate, place, say=say)

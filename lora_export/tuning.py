@@ -324,5 +324,5 @@ def _publish(
     moved = dataclasses.replace(evidence, files_now=digests_now(evidence.files, path))
     threads = chosen.configuration.threads
     certificate = certify(moved, checks.TRIAL, command, given, settings, threads)
-    write_certificate(certificate, path)
+    write_certificate(certificate, path, moved)
     return certificate

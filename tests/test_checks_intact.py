@@ -38,6 +38,15 @@ def test_a_new_file_fails():
     assert "model.onnx.data" in verdict.note
 
 
+def test_each_file_is_named_with_what_became_of_it():
+    new = FileDigest("model.onnx.data", 1, "sha256:ff")
+    verdict = _judge(dataclasses.replace(FILES[0], digest="sha256:ee"), new)
+    assert verdict.where == ("merged/model.safetensors", "model.onnx", "model.onnx.data")
+    assert verdict.note == (
+        "changed since: merged/model.safetensors; model.onnx (missing); model.onnx.data (new)"
+    )
+
+
 def test_two_files_that_swapped_their_content_fails_twice():
     swapped = [
         FileDigest(a.name, b.size_bytes, b.digest)

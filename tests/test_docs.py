@@ -200,4 +200,4 @@ def test_ci_calls_the_command_of_the_readme():
 
 
 def test_folders_are_registries():
-    assert registry.names("lora_export.report") == ("json", "markdown")
+    assert registry.names("lora_export.report") == ("html", "json", "junit", "markdown")

@@ -5,38 +5,33 @@ import sys
 
 import numpy as np
 import pytest
-from hand_made import artifact, evidence, moved, recording, recordings, with_recording
+from hand_made import (
+    SETTINGS,
+    artifact,
+    evidence,
+    moved,
+    recording,
+    recordings,
+    with_recording,
+    write_run,
+)
 
 from lora_export import checks, codec, judging, storage
 from lora_export.errors import InputError
 from lora_export.records import Evidence, Status
+from lora_export.report import _plots
 
-SETTINGS = {"seed": 7, "overwrite": False}
 
-
-def _write(folder, found, kept=("merged/model.safetensors", "model.onnx")):
-    """Write a run by hand: the files, the evidence of them, the certificate; return what is left.
-
-    The content of each file is its name.
-    """
-    for name in kept:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(name)
-    files = tuple(storage.digest(folder / name, name) for name in kept)
-    artifacts = tuple(
-        dataclasses.replace(a, files=tuple(f for f in files if f.name in {g.name for g in a.files}))
-        for a in found.artifacts
-    )
-    found = dataclasses.replace(found, artifacts=artifacts, files=files, files_now=files)
-    given = (storage.FileDigest("sst2.safetensors", 5, "c" * 64),)
-    made = judging.certify(found, checks.RUN, "lora-export run", given, SETTINGS, 3)
-    return judging.publish_evidence(found, made, folder)
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch):
+    """They are looked at in test_report_html.py, and take longer than all the rest."""
+    monkeypatch.setattr(_plots, "plots", lambda evidence: [])
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run folder in which everything is as it should be."""
-    assert _write(tmp_path, evidence()).ok
+    assert write_run(tmp_path, evidence()).ok
     return tmp_path
 
 
@@ -53,7 +48,8 @@ def test_a_certificate_holds_verdicts_measurements_and_what_was_given():
     made = judging.certify(evidence(), checks.RUN, "the command", given, SETTINGS, 3)
     assert made.verdicts == checks.judge(evidence(), checks.RUN)
     assert {m.name for m in made.measurements} >= {"size", "accuracy", "latency median"}
-    assert (made.command, made.inputs, made.settings) == ("the command", given, SETTINGS)
+    assert (made.command, made.inputs) == ("the command", given)
+    assert made.settings == {**SETTINGS, "scope": "run"}
     assert made.outputs == evidence().files
     assert made.environment["threads"] == 3
 
@@ -124,7 +120,7 @@ def test_a_file_that_was_put_back_passes_again(run):
 
 
 def test_evidence_is_judged_again_and_the_old_certificate_not_believed(tmp_path):
-    _write(tmp_path, evidence())
+    write_run(tmp_path, evidence())
     place = tmp_path / judging.EVIDENCE
     worse = moved(codec.load(Evidence, place, judging.EVIDENCE), "onnx", 0, (0, 0), 0.5)
     codec.save(worse, place, judging.EVIDENCE)
@@ -155,7 +151,7 @@ def test_what_was_given_and_where_it_ran_are_kept(run):
     first = json.loads((run / judging.CERTIFICATE).read_text())
     found = judging.check_run(run)
     assert found.command == "lora-export run"
-    assert found.settings == SETTINGS
+    assert found.settings == {**SETTINGS, "scope": "run"}
     assert found.environment == first["environment"]
     assert [file.name for file in found.inputs] == ["sst2.safetensors"]
 
@@ -167,13 +163,13 @@ def test_the_stages_are_told(run):
 
 
 def test_a_run_whose_artifact_answered_nan_fails_and_is_written_down(tmp_path):
-    found = _write(tmp_path, moved(evidence(), "onnx", 0, (0, 0), np.nan))
+    found = write_run(tmp_path, moved(evidence(), "onnx", 0, (0, 0), np.nan))
     assert not found.ok
     assert _status(judging.check_run(tmp_path), "parity") is Status.FAIL
 
 
 def test_a_run_whose_artifact_lacks_a_batch_fails_and_is_written_down(tmp_path):
-    found = _write(tmp_path, with_recording(evidence(), "onnx", recording("onnx", [])))
+    found = write_run(tmp_path, with_recording(evidence(), "onnx", recording("onnx", [])))
     assert not found.ok
     assert _status(judging.check_run(tmp_path), "parity") is Status.FAIL
 
@@ -181,7 +177,7 @@ def test_a_run_whose_artifact_lacks_a_batch_fails_and_is_written_down(tmp_path):
 def test_a_run_that_failed_fails_again(tmp_path):
     more = recordings() | {"torchscript": recordings()["idle"]}
     found = evidence(artifacts=(artifact("onnx"), artifact("torchscript")), recordings=more)
-    assert not _write(tmp_path, found).ok
+    assert not write_run(tmp_path, found).ok
     assert not judging.check_run(tmp_path).ok
 
 

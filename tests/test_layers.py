@@ -16,8 +16,9 @@ ORDER = [
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "recording",
     "inputs", "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
-    "measurements", "codec", "report", "judging", "replaying", "opening", "inspection",
-    "merged_files", "stages", "proving", "tuning", "pipeline", "cli", "__main__",
+    "measurements", "codec", "report", "certificates", "comparing", "judging", "replaying",
+    "opening", "inspection", "merged_files", "stages", "proving", "tuning", "pipeline", "cli",
+    "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {
@@ -30,6 +31,9 @@ HOMES = {
     "click": {"cli"},
     "rich": {"cli"},
     "peft": set(),
+    "jsonschema": {"certificates.py"},
+    "jinja2": {"report/html.py"},
+    "matplotlib": {"report/_plots.py"},
 }
 
 

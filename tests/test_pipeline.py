@@ -12,6 +12,7 @@ from hand_made import edit_tensors
 from lora_export import (
     BaseRef,
     LoraConfig,
+    certificates,
     checks,
     codec,
     exporters,
@@ -64,8 +65,14 @@ def test_a_run_leaves_these_files(finished):
     names = {file.name for file in finished[0].iterdir()}
     assert names == {
         "merged", "model.onnx", "model.pt", "tokenizer", "certificate.json", "report.md",
-        "evidence",
+        "report.xml", "report.html", "evidence",
     }  # fmt: skip
+
+
+def test_the_certificate_of_a_run_is_of_its_schema_and_read_as_it_was(finished):
+    folder, certificate = finished[:2]
+    found = certificates.read(folder)
+    assert (found.verdicts, found.outputs) == (certificate.verdicts, certificate.outputs)
 
 
 def test_nothing_is_left_beside_a_run(finished):

@@ -43,6 +43,15 @@ def test_help_loads_no_torch():
     assert not loaded_after(statement) & {"torch", "transformers", "onnx", "rich", "numpy"}
 
 
+@pytest.mark.parametrize("name", ["report", "verify", "compare", "check"])
+def test_help_of_what_reads_certificates_loads_no_torch(name):
+    statement = (
+        f"from lora_export.cli import main\ntry:\n    main([{name!r}, '--help'])\n"
+        "except SystemExit: pass"
+    )
+    assert not loaded_after(statement) & {"torch", "transformers", "onnx", "rich", "numpy"}
+
+
 def test_help_is_fast():
     """The fastest of several starts, so that a busy machine does not decide."""
     times = []

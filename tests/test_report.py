@@ -4,11 +4,13 @@ import re
 
 import pytest
 from hand_made import FILES, certificate, verdict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora_export import report
 from lora_export.errors import InputError
 from lora_export.records import Certificate, FileDigest, Measurement, Status
-from lora_export.report import markdown
+from lora_export.report import _wording, markdown
 
 SOUND = certificate(verdict())
 FAILED = certificate(verdict(), verdict(Status.FAIL, check="exact", note="two misrounded"))
@@ -35,11 +37,11 @@ def _rows(text):
 
 
 def test_the_shipped_reports_are_found():
-    assert set(report.names()) >= {"json", "markdown"}
+    assert set(report.names()) == {"html", "json", "junit", "markdown"}
 
 
 def test_an_unknown_report_is_answered_with_the_known_ones():
-    with pytest.raises(InputError, match="'pdf' is not one of the report: json, markdown"):
+    with pytest.raises(InputError, match="'pdf' is not one of the report: html, json, junit, mark"):
         report.render("pdf", SOUND)
 
 
@@ -140,9 +142,9 @@ def test_markdown_says_not_proven_where_there_are_no_verdicts():
     ],
 )
 def test_markdown_stresses_all_but_a_pass(status, mark):
-    (row,) = [row for row in _rows(report.render("markdown", certificate(verdict(status))))
-              if row[0] == "parity"]  # fmt: skip
-    assert row[2] == mark
+    rows = [row for row in _rows(report.render("markdown", certificate(verdict(status))))
+            if row[0] == "parity"]  # fmt: skip
+    assert {row[2] for row in rows} == {mark}
 
 
 def test_markdown_shows_a_verdict_in_one_row():
@@ -191,4 +193,109 @@ def test_markdown_shows_settings_and_environment():
     [(None, "-"), (0.0, "0"), (1.23456, "1.235"), (9.5367e-07, "9.537e-07"), (float("inf"), "inf")],
 )
 def test_a_number_has_at_most_four_digits(value, shown):
-    assert markdown.number(value) == shown
+    assert _wording.number(value) == shown
+
+
+# ---------------------------------------------------------------- markdown in a pull request
+
+
+def _failing(**changes):
+    return certificate(verdict(), verdict(Status.FAIL, check="exact", **changes))
+
+
+def test_what_failed_comes_first_with_where_it_sits():
+    found = _failing(measured=9.0, where=("layer.0.query.weight", "layer.1.key.weight"))
+    text = report.render("markdown", found)
+    first = _rows(text.partition("<details>")[0])
+    assert [row[:7] for row in first[2:]] == [
+        ["exact", "onnx", "**FAIL**", "9", "8 abs", "9", "layer.0.query.weight, layer.1.key.weight"]
+    ]
+    folded = _rows(text.partition("<details>")[2])
+    assert {"parity", "exact"} <= {row[0] for row in folded}
+
+
+def test_where_all_passes_everything_is_folded():
+    assert _rows(report.render("markdown", SOUND).partition("<details>")[0]) == []
+
+
+def test_a_failure_comes_before_what_was_not_run():
+    found = certificate(verdict(Status.NOT_RUN, check="a"), verdict(Status.FAIL, check="b"))
+    rows = _rows(report.render("markdown", found).partition("<details>")[0])
+    assert [row[0] for row in rows[2:]] == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("measured", "limit", "shown"),
+    [
+        (9.0, 8.0, 9.0),
+        (9.0011, 8.0, 9.01),  # up, or what is told would not pass
+        (1.2341e-5, 1e-6, 1.24e-5),
+        (3.0, 0.0, None),  # faults that are counted: none is allowed
+        (0.5, 1.0, None),  # at least the limit was asked for
+        (float("inf"), 8.0, None),
+        (float("nan"), 8.0, None),
+        (None, 8.0, None),
+        (9.0, None, None),
+    ],
+)
+def test_the_limit_that_would_have_passed(measured, limit, shown):
+    assert _wording.would_pass(verdict(Status.FAIL, measured=measured, limit=limit)) == shown
+
+
+@given(st.floats(1e-30, 1e30), st.floats(1e-30, 1e30))
+def test_the_limit_that_would_have_passed_does(measured, limit):
+    found = _wording.would_pass(verdict(Status.FAIL, measured=measured, limit=limit))
+    assert (found is None) == (measured <= limit)
+    assert found is None or measured <= found <= measured * 1.011
+
+
+def test_a_pass_needs_no_other_limit():
+    assert _wording.would_pass(verdict(measured=9.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a`b`", r"a\`b\`"),
+        ("<img src=x>", r"\<img src=x\>"),
+        ("</details>", r"\</details\>"),
+        ("@someone", "@&#8203;someone"),
+        ("fixes #12", "fixes #&#8203;12"),
+        ("**bold** [x](y)", r"\*\*bold\*\* \[x\](y)"),
+        ("_a_ token_type_ids __init__", r"\_a\_ token_type_ids \_\_init\_\_"),
+        ("~~gone~~ $x$ &amp;", r"\~\~gone\~\~ \$x\$ \&amp;"),
+        ("a\\|b", r"a\\\|b"),
+    ],
+)
+def test_what_would_be_formatted_or_notify_somebody_is_shown_as_it_is(text, shown):
+    rows = _rows(report.render("markdown", _failing(note=text, where=(text,))))
+    assert next(row[6:8] for row in rows if row[0] == "exact") == [shown, shown]
+
+
+def test_a_status_in_a_note_is_no_status():
+    rows = _rows(report.render("markdown", _failing(note="**FAIL**")))
+    assert next(row[7] for row in rows if row[0] == "exact") == r"\*\*FAIL\*\*"
+
+
+@pytest.mark.parametrize("command", ["a `b` c", "``` \n# proven", "plain"])
+def test_the_command_stays_one_line_of_code(command):
+    line = report.render("markdown", certificate(command=command)).splitlines()[2]
+    fence = re.match("`+", line)[0]
+    assert line.endswith(fence)
+    assert fence not in line.strip("`")
+
+
+def test_a_long_certificate_is_cut_with_a_count():
+    many = [verdict(Status.FAIL, check=f"c{i}", note="x" * 900) for i in range(400)]
+    text = report.render("markdown", certificate(*many))
+    assert len(text) <= markdown.MOST < 65_536
+    first, _, rest = text.partition("<details>")
+    shown = len(_rows(first)) - 2
+    assert f"{400 - shown} more in certificate.json" in first
+    assert "400 more in certificate.json" in rest
+    assert "(500 more characters)" in first
+    assert rest.count("</details>") == text.count("<details>")
+
+
+def test_a_short_certificate_is_not_cut():
+    assert "more in certificate.json" not in report.render("markdown", FAILED)

@@ -257,6 +257,7 @@ def test_it_leaves_the_artifact_its_tokenizer_and_what_was_measured(tuned):
     suffix = exporters.load(found.chosen.format).SUFFIX
     assert {file.name for file in out.iterdir()} == {
         f"model{suffix}", "tokenizer", "tuning.json", "certificate.json", "report.md",
+        "report.xml", "report.html",
     }  # fmt: skip
     assert (out / "tokenizer" / "tokenizer.json").is_file()
     assert list(out.parent.iterdir()) == [out]

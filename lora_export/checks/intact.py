@@ -17,5 +17,7 @@ def judge(evidence: Evidence) -> list[Verdict]:
     now = {file.name: file.digest for file in evidence.files_now}
     changed = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     changed |= {name for name, digest in exported.items() if then.get(name) != digest}
-    note = listed("changed since", changed) if changed else "every file has its recorded digest"
+    how = {name: "new" if name not in then else "missing" for name in then.keys() ^ now.keys()}
+    faults = [f"{name} ({how[name]})" if name in how else name for name in changed]
+    note = listed("changed since", faults) if changed else "every file has its recorded digest"
     return [checks.counted("intact", "files", len(changed), len(then), "changed", note, changed)]

@@ -1,10 +1,11 @@
 """Ways to show a certificate, one file each.
 
-A report is a module with one function: render(certificate) -> str.
+A report is a module with one function: render(certificate, evidence) -> str. Plots are drawn from
+the evidence; where there is none, evidence is None.
 """
 
 from lora_export import registry
-from lora_export.records import Certificate
+from lora_export.records import Certificate, Evidence
 
 
 def names() -> tuple[str, ...]:
@@ -12,7 +13,11 @@ def names() -> tuple[str, ...]:
     return registry.names(__name__)
 
 
-def render(name: str, certificate: Certificate) -> str:
-    """Return `certificate` as the report `name` shows it."""
-    text: str = registry.load(__name__, name).render(certificate)
+def render(name: str, certificate: Certificate, evidence: Evidence | None = None) -> str:
+    """Return `certificate`, and `evidence` where the report has plots, as the report `name`.
+
+    Raises:
+        InputError: there is no such report, or a package is missing that it is made with.
+    """
+    text: str = registry.load(__name__, name).render(certificate, evidence)
     return text

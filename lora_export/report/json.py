@@ -5,12 +5,12 @@ import math
 from typing import Any
 
 from lora_export.codec import to_json
-from lora_export.records import Certificate
+from lora_export.records import Certificate, Evidence
 
 SCHEMA = 3
 
 
-def render(certificate: Certificate) -> str:
+def render(certificate: Certificate, evidence: Evidence | None = None) -> str:
     """Return the certificate as JSON, with `schema` and `ok` beside its fields."""
     value = {"schema": SCHEMA, "ok": certificate.ok, **strict(to_json(certificate, {}))}
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
