@@ -30,6 +30,7 @@ OTHER_SHAPE = "of another shape"
 _NARROW = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _SAMPLE = 4096  # elements by which the most similar tensor is chosen
 _MOST_VALUES = 2**20  # of a table, or what is repeated of it
+_LEAST_COPY = 16  # elements
 _MOST_PARTS = 16  # of a tensor into which several were joined
 # How `_onnx_schemes` names weights in eight bits, and their scales, one per column or row.
 _BYTES, _SCALE = "_int8", "_scale"
@@ -145,11 +146,13 @@ def placements(
     needed = used(strangers) if strangers and precision not in registry.CALIBRATED else ()
     rest = {one.place for one in inside.held} - claimed
     searches = [
-        _search(each, read(each), own.get(each.path, ()), rest)
+        _search(each, read(each), digests[each.path], own.get(each.path, []), rest)
         for each in lost
         if each.path in own or each.path in needed
     ]
     found |= _nearest(artifact, tensors, searches, read)
+    if rest and not searches:
+        found |= _damaged_copies(artifact, tensors, rest, wanted, read)
     found |= _in_bytes(artifact, tensors, [e for e in wanted if e.path not in own], inside)
     return tuple(found[each.path] for each in wanted if each.path in found)
 
@@ -194,9 +197,12 @@ def _forms(
         yield ONE_ADDED, _digest(widened(array) + 1), array.shape
 
 
-def _search(each: Wanted, array: Array, own: Sequence[_Held], rest: Collection[int]) -> _Search:
-    places = {one.place for one in own} or rest
-    return _Search(each, places, tuple(one.name for one in own), _sample(array), _values(array))
+def _search(
+    each: Wanted, array: Array, digest: bytes, own: Sequence[_Held], rest: Collection[int]
+) -> _Search:
+    wrong = [one for one in own if one.content != digest] or own
+    places = {one.place for one in wrong} or rest
+    return _Search(each, places, tuple(o.name for o in wrong), _sample(array), _values(array))
 
 
 def _nearest(
@@ -227,6 +233,30 @@ def _nearest(
             found[each.path] = _placement(
                 artifact, each, [name], how, *difference(view, read(each))
             )
+    return found
+
+
+def _damaged_copies(
+    artifact: str,
+    tensors: Tensors,
+    rest: Collection[int],
+    wanted: Sequence[Wanted],
+    read: Callable[[Wanted], Array],
+) -> dict[str, Placement]:
+    """Return tensors that are there, and a second time with some elements changed.
+
+    An artifact may have a weight as it is and transposed. What is left over once every tensor was
+    found is such a copy if most elements agree, which numbers that vary do not do by chance.
+    """
+    found = {}
+    for place, (name, array) in enumerate(tensors()):
+        for each in wanted if place in rest and array.size >= _LEAST_COPY else ():
+            for how, view in _views(array, each.shape, named=False):
+                whole = read(each)
+                differing, largest = difference(view, whole)
+                varied = len(np.unique(_bits(whole))) > whole.size / 2
+                if varied and 0 < differing < whole.size / 2:
+                    found[each.path] = _placement(artifact, each, [name], how, differing, largest)
     return found
 
 

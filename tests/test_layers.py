@@ -16,8 +16,8 @@ ORDER = [
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "inputs",
     "generating", "calling", "exporters", "matching", "placing", "timing", "footprint",
-    "candidates", "checks", "measurements", "codec", "report", "judging", "opening", "inspection", "merged_files", "stages",
-    "tuning", "pipeline", "cli", "__main__",
+    "candidates", "checks", "measurements", "codec", "report", "judging", "opening", "inspection",
+    "merged_files", "stages", "tuning", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {

@@ -40,6 +40,6 @@ def _fault(placement: Placement) -> str:
     if not placement.found:
         return f"{placement.tensor} is not there"
     return (
-        f"{placement.tensor}: {placement.differing:,} of {placement.elements:,} elements differ, by "
-        f"up to {placement.largest:.3g}, in {', '.join(placement.found)} ({placement.how})"
+        f"{placement.tensor}: {placement.differing:,} of {placement.elements:,} elements differ, "
+        f"by up to {placement.largest:.3g}, in {', '.join(placement.found)} ({placement.how})"
     )
