@@ -26,10 +26,11 @@ AS_IT_IS, TRANSPOSED, MISSING = "as it is", "transposed", "missing"
 ONE_ADDED = "one added"  # the scale of a norm that multiplies by 1 + weight
 REPEATED = "repeated"  # the rows of a table, as constant indices choose them
 IN_BYTES = "in eight bits"
+UNKNOWN = "in integers"  # of which no name tells whose they are
 OTHER_SHAPE = "of another shape"
 _NARROW = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _SAMPLE = 4096  # elements by which the most similar tensor is chosen
-_MOST_VALUES = 2**20  # of a table, or what is repeated of it
+_MOST_VALUES = 2**17  # of a table, or of what is repeated of it
 _LEAST_COPY = 16  # elements
 _MOST_PARTS = 16  # of a tensor into which several were joined
 # How `_onnx_schemes` names weights in eight bits, and their scales, one per column or row.
@@ -103,8 +104,8 @@ def placements(
 ) -> tuple[Placement, ...]:
     """Return where an artifact has each of the `wanted` tensors, in their order.
 
-    Left out are tensors that it neither has nor needs; and those of an artifact in eight bits or
-    less that it has in integers whose name does not tell whose they are.
+    Tensors that it neither has nor needs are left out. Of an artifact in eight bits or less, those
+    that are not there are `UNKNOWN`.
 
     Args:
         artifact: Its format.
@@ -142,8 +143,11 @@ def placements(
                 break
         else:
             lost.append(each)
-    strangers = [each.path for each in lost if each.path not in own]
-    needed = used(strangers) if strangers and precision not in registry.CALIBRATED else ()
+    strangers = [each for each in lost if each.path not in own]
+    if precision in registry.CALIBRATED:
+        found |= {each.path: _placement(artifact, each, (), UNKNOWN) for each in strangers}
+        strangers = []
+    needed = used([each.path for each in strangers]) if strangers else ()
     rest = {one.place for one in inside.held} - claimed
     searches = [
         _search(each, read(each), digests[each.path], own.get(each.path, []), rest)

@@ -33,6 +33,14 @@ def test_what_has_eight_bits_is_not_called_equal():
     assert "1 of 2 tensors are there bit for bit; 1 in eight bits" in verdict.note
 
 
+def test_what_is_in_unknown_integers_is_counted_apart():
+    unknown = placement("b", found=(), how="in integers")
+    verdict = _judge(placement(), unknown)
+    assert (verdict.status, verdict.compared) == (Status.PASS, 1)
+    assert "; 1 more are in integers, which `fidelity` judges" in verdict.note
+    assert _judge(unknown).status is Status.NOT_RUN
+
+
 def test_one_element_that_differs_fails_and_is_named():
     verdict = _judge(placement(), FLIPPED)
     assert (verdict.status, verdict.measured, verdict.compared) == (Status.FAIL, 1, 2)

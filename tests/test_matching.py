@@ -153,8 +153,9 @@ def test_scales_of_another_tensor_in_eight_bits_fails():
     assert one(held, W, precision="int8").differing > W.size / 2
 
 
-def test_integers_of_no_known_name_are_left_out():
-    assert placed([("val_1_int8", symmetric(W.T, 0)[0])], {"a.weight": W}, "int8") == {}
+def test_integers_of_no_known_name_are_not_compared():
+    found = one([("val_1_int8", symmetric(W.T, 0)[0])], W, precision="int8")
+    assert (found.how, found.found) == ("in integers", ())
 
 
 # ---------------------------------------------------------------- what is not there

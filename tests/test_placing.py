@@ -200,6 +200,20 @@ def test_tensors_have_the_dtype_that_the_model_has_them_in(tmp_path):
     assert found["model.norm.weight"].name == "model.norm.weight"
 
 
+def test_tensors_that_are_put_together_as_they_are_loaded_are_the_models_own(tmp_path):
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    with models.quiet():
+        scale_up(transformers.MixtralForCausalLM(config)).save_pretrained(tmp_path)
+        model = transformers.MixtralForCausalLM.from_pretrained(tmp_path)
+    found = {each.path: each for each in placing.wanted(model, tmp_path)}
+    assert found.keys() == model.state_dict().keys()
+    for path, value in model.state_dict().items():
+        assert np.array_equal(found[path].read(), value.numpy())
+
+
 @pytest.fixture
 def pooled(tmp_path):
     """A sentence encoder, whose pooler makes none of the outputs, and how it is called."""

@@ -14,7 +14,8 @@ def judge(evidence: Evidence) -> list[Verdict]:
 
 
 def _judge(artifact: Artifact, evidence: Evidence) -> Verdict:
-    placements = [p for p in evidence.placements if p.artifact == artifact.format]
+    mine = [p for p in evidence.placements if p.artifact == artifact.format]
+    placements = [p for p in mine if p.how != matching.UNKNOWN]
     if not placements:
         return checks.not_run("weights", artifact.format, "nobody looked at the tensors inside")
     faults = [p for p in placements if p.differing or not p.found]
@@ -24,6 +25,8 @@ def _judge(artifact: Artifact, evidence: Evidence) -> Verdict:
     note = f"{len(good) - rounded} of {len(placements)} tensors are there bit for bit"
     note += f", {moved} of them in another form" if moved else ""
     note += f"; {rounded} in eight bits, within half a step" if rounded else ""
+    unknown = len(mine) - len(placements)
+    note += f"; {unknown} more are in integers, which `fidelity` judges" if unknown else ""
     note += listed("; at fault", map(_fault, faults)) if faults else ""
     return checks.counted(
         "weights",

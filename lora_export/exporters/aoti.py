@@ -131,7 +131,7 @@ def tensors(path: Path) -> Iterator[tuple[str, Array]]:
         except (RuntimeError, zipfile.BadZipFile, StopIteration) as error:
             raise ExportFailed(f"{path.name} cannot be loaded: {error}") from error
         for name, tensor in runner.extract_constants_map(False).items():
-            yield name, as_array(tensor)
+            yield name, as_array(tensor.clone())  # its memory goes with the library
 
 
 def open_runner(path: Path, threads: int) -> AotiRunner:
