@@ -1,4 +1,4 @@
-"""Tensors found among others by their bits, and held to their names. Numpy only.
+"""Tensors found among others by their bits, and held to their names. No torch.
 
 Names inside an artifact may be anybody's, so a tensor is looked for by its content. But what bears
 the name of a tensor has to be that tensor: two that are swapped would otherwise both be found. A
@@ -155,8 +155,9 @@ def placements(
         if each.path in own or each.path in needed
     ]
     found |= _nearest(artifact, tensors, searches, read)
-    if rest and not searches:
-        found |= _damaged_copies(artifact, tensors, rest, wanted, read)
+    if not searches:
+        large = {one.place for one in inside.held if math.prod(one.shape) >= _LEAST_COPY}
+        found |= _damaged_copies(artifact, tensors, rest & large, wanted, read)
     found |= _in_bytes(artifact, tensors, [e for e in wanted if e.path not in own], inside)
     return tuple(found[each.path] for each in wanted if each.path in found)
 
@@ -221,10 +222,9 @@ def _nearest(
                 search.consider(place, array, values)
     found = {}
     for search in searches:
-        how, elements = OTHER_SHAPE if search.named else MISSING, math.prod(search.wanted.shape)
-        found[search.wanted.path] = Placement(
-            artifact, search.wanted.name, search.named, how, elements, elements, math.inf
-        )
+        each, how = search.wanted, OTHER_SHAPE if search.named else MISSING
+        differing = math.prod(each.shape)
+        found[each.path] = _placement(artifact, each, search.named, how, differing, math.inf)
     for place, (name, array) in enumerate(tensors() if searches else ()):
         for search in searches:
             if search.best is None or search.best[0] != place:
@@ -253,8 +253,8 @@ def _damaged_copies(
     found is such a copy if most elements agree, which numbers that vary do not do by chance.
     """
     found = {}
-    for place, (name, array) in enumerate(tensors()):
-        for each in wanted if place in rest and array.size >= _LEAST_COPY else ():
+    for place, (name, array) in enumerate(tensors() if rest else ()):
+        for each in wanted if place in rest else ():
             for how, view in _views(array, each.shape, named=False):
                 whole = read(each)
                 differing, largest = difference(view, whole)
