@@ -62,7 +62,7 @@ def wanted(model: nn.Module, folder: Path) -> list[Wanted]:
         if info is None or info.shape != shape:
             found.append(Wanted(path, path, shape, partial(as_array, value)))
         else:
-            dtype = as_array(value[:0]).dtype
+            dtype = as_array(value.new_empty(0)).dtype
             found.append(Wanted(info.name, path, shape, partial(_as_loaded, info, dtype)))
     return found
 

@@ -12,11 +12,11 @@ from lora_export.matching import Wanted
 
 DICE = np.random.default_rng(0)
 BF16 = ml_dtypes.bfloat16
-SHAPES = [(6, 6), (8, 6), (12,), (4, 3, 2, 2)]
+SHAPES = [(6, 6), (8, 6), (12,), (4, 3, 2, 2), ()]
 
 
 def made(*shape):
-    return DICE.standard_normal(shape).astype(np.float32)
+    return np.asarray(DICE.standard_normal(shape), np.float32)
 
 
 W, V = made(8, 6), made(8, 6)

@@ -47,15 +47,14 @@ def subjects(tiny_base, tiny_adapter, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def onnx_files(subjects, tmp_path_factory):
-    """Of each: the artifact and its path; the weights lie in a file beside the graph."""
-    found = []
-    for subject in subjects:
-        folder = tmp_path_factory.mktemp("onnx")
-        form = Form(external_data=True)
-        artifact = stages.export_stage("onnx", subject, folder, form=form)
-        found.append((artifact, folder / "model.onnx"))
-    return found
+def onnx_file(subjects, tmp_path_factory):
+    """The artifact of the first and its path; the weights lie in a file beside the graph."""
+    return with_data(subjects[0], tmp_path_factory.mktemp("onnx"))
+
+
+def with_data(subject, folder):
+    artifact = stages.export_stage("onnx", subject, folder, form=Form(external_data=True))
+    return artifact, folder / "model.onnx"
 
 
 def judged(subject, artifact, path):
@@ -64,8 +63,8 @@ def judged(subject, artifact, path):
     return verdict
 
 
-def test_a_right_file_passes(subjects, onnx_files):
-    verdict = judged(subjects[0], *onnx_files[0])
+def test_a_right_file_passes(subjects, onnx_file):
+    verdict = judged(subjects[0], *onnx_file)
     assert (verdict.status, verdict.compared) == (Status.PASS, 41)
 
 
@@ -73,11 +72,11 @@ def test_a_right_file_passes(subjects, onnx_files):
 
 
 @pytest.fixture
-def tampered(subjects, onnx_files, tmp_path):
+def tampered(subjects, onnx_file, tmp_path):
     """`tampered(change)`: the verdict after `change` was made to the arrays of the real file."""
 
     def judge(change):
-        artifact, path = onnx_files[0]
+        artifact, path = onnx_file
         model = onnx.load(path)
         arrays = {t.name: numpy_helper.to_array(t).copy() for t in model.graph.initializer}
         change(arrays)
@@ -123,19 +122,19 @@ def changed_by(subjects):
     return {name for name, value in first.items() if not torch.equal(value, second[name])}
 
 
-def test_the_file_of_another_adapter_fails_at_what_that_changes(subjects, onnx_files):
-    verdict = judged(subjects[1], *onnx_files[0])
+def test_the_file_of_another_adapter_fails_at_what_that_changes(subjects, onnx_file):
+    verdict = judged(subjects[1], *onnx_file)
     assert verdict.status is Status.FAIL
     assert set(verdict.where) == changed_by(subjects)
     assert len(verdict.where) < verdict.compared
 
 
-def test_the_data_of_another_run_fails(subjects, onnx_files, tmp_path):
-    (artifact, path), (_, other) = onnx_files
-    (tmp_path / path.name).write_bytes(path.read_bytes())
-    beside = f"{path.name}.data"
-    (tmp_path / beside).write_bytes(other.with_name(beside).read_bytes())
-    verdict = judged(subjects[0], artifact, tmp_path / path.name)
+@pytest.mark.slow
+def test_the_data_of_another_run_fails(subjects, onnx_file, tmp_path):
+    artifact, path = onnx_file
+    _, other = with_data(subjects[1], tmp_path)
+    other.write_bytes(path.read_bytes())  # the graph of the first, beside the data of the second
+    verdict = judged(subjects[0], artifact, other)
     assert verdict.status is Status.FAIL
     small = {"classifier.weight", "classifier.bias"}  # these stay in the graph
     assert set(verdict.where) == changed_by(subjects) - small
@@ -143,8 +142,8 @@ def test_the_data_of_another_run_fails(subjects, onnx_files, tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
-def test_any_flipped_bit_fails_at_its_tensor(subjects, onnx_files, data):
-    artifact, path = onnx_files[0]
+def test_any_flipped_bit_fails_at_its_tensor(subjects, onnx_file, data):
+    artifact, path = onnx_file
     held = list(exporters.load("onnx").tensors(path))
     wanted = placing.wanted(subjects[0].model, subjects[0].folder)
 
@@ -174,12 +173,12 @@ def test_tensors_come_from_the_merged_files(subjects):
         assert np.array_equal(each.read(), stored[each.name].numpy())
 
 
-def test_a_file_changed_after_it_was_loaded_fails(subjects, onnx_files, tmp_path):
+def test_a_file_changed_after_it_was_loaded_fails(subjects, onnx_file, tmp_path):
     """The files are the truth, and not the model that was made from them."""
     subject, name = subjects[0], "bert.pooler.dense.weight"
     stored = load_file(subject.folder / "model.safetensors")
     save_file({**stored, name: stored[name] + 1}, tmp_path / "model.safetensors")
-    artifact, path = onnx_files[0]
+    artifact, path = onnx_file
     found = placing.placements_of(subject.model, subject.interface, tmp_path, artifact, path)
     assert [p.tensor for p in found if p.differing] == [name]
 
