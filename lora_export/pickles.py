@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
-import numpy as np
-
 from lora_export import storage
 from lora_export.errors import InputError
 from lora_export.records import Array
@@ -73,13 +70,12 @@ def _check_archive(path: Path) -> None:
 def _array(where: str, value: Any) -> Array:
     import torch
 
+    from lora_export import torch_rounding
+
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         raise InputError(refused("pickle", where, type(value).__name__))
     tensor: Tensor = value.detach()
     held = tensor.untyped_storage().nbytes()
     if math.prod(tensor.shape) * tensor.element_size() > held:
         raise InputError(f"{where}: {tuple(tensor.shape)} spread out of {held} bytes")
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return np.asarray(tensor.numpy())
+    return torch_rounding.as_array(tensor)

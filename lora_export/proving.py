@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_export import inputs, loading, models, stages, timing
+from lora_export import inputs, loading, models, placing, stages, timing
 from lora_export.calling import interface_of
 from lora_export.errors import InputError, LoraExportError, first_line
 from lora_export.judging import Say, silent
@@ -25,6 +25,7 @@ from lora_export.records import (
     Artifact,
     Batch,
     Evidence,
+    Placement,
     Policy,
     Recording,
     Timing,
@@ -135,6 +136,7 @@ def observe(truth: Truth, made: Made, *, threads: int, say: Say = silent) -> Evi
     if subject is not None:
         recordings[MERGED] = record(subject.runner(MERGED), truth.batches)
     recordings |= {name: record(runner, truth.batches) for name, runner in runners.items()}
+    held = () if subject is None else _held(subject, made, say)
     timed: dict[str, Runner] = {UNMERGED: truth.subject.runner(UNMERGED)}
     if subject is not None:
         timed[MERGED] = subject.runner(MERGED)
@@ -156,7 +158,20 @@ def observe(truth: Truth, made: Made, *, threads: int, say: Say = silent) -> Evi
         recordings=recordings,
         timings=timings,
         policy=truth.asked.policy,
+        placements=held,
         runtimes=stages.settings_of(timed.values(), threads),
+    )
+
+
+def _held(subject: Subject, made: Made, say: Say) -> tuple[Placement, ...]:
+    """Return where the artifacts have the tensors of the merged model."""
+    say("looking at the tensors inside")
+    return tuple(
+        placement
+        for name, artifact in made.artifacts.items()
+        for placement in placing.placements_of(
+            subject.model, subject.interface, made.folder, artifact, made.places[name]
+        )
     )
 
 

@@ -400,7 +400,7 @@ class Placement:
     artifact: str  # its format
     tensor: str
     found: tuple[str, ...]  # names inside the artifact; where it is not there, the most similar
-    how: str  # "as it is", "transposed", "rows 0 to 384", ...; "missing"
+    how: str  # "as it is", "transposed", "rows 0 to 384", ...; "missing"; see `matching`
     elements: int
     differing: int  # elements whose bits differ
     largest: float  # absolute difference of an element

@@ -1,15 +1,25 @@
-"""`rounding` for torch's tensors."""
+"""`rounding` for torch's tensors, and these as numpy's."""
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
 
 from lora_export import rounding
+from lora_export.records import Array
 
 # safetensors' name -> torch's
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+
+
+def as_array(tensor: Tensor) -> Array:
+    """Return `tensor` as a numpy array of its own dtype; bfloat16 is that of ml_dtypes."""
+    found = tensor.detach().cpu().contiguous()
+    if found.dtype == torch.bfloat16:  # which numpy does not take from torch
+        return found.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return np.asarray(found.numpy())
 
 
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from lora_export.records import (
     FileDigest,
     Measurement,
     Modules,
+    Placement,
     Recording,
     Reply,
     Signature,
@@ -121,6 +122,12 @@ def audit(tensor="layer.0.query.weight", **changes):
     return dataclasses.replace(made, **changes)
 
 
+def placement(tensor="layer.0.query.weight", **changes):
+    """A merged tensor that is in the artifact as it is."""
+    made = Placement("onnx", tensor, (f"model.{tensor}",), "as it is", 64, differing=0, largest=0.0)
+    return dataclasses.replace(made, **changes)
+
+
 def account(**changes):
     """Two modules merged, a head placed, and every base tensor where it belongs."""
     made = Account(
@@ -150,6 +157,7 @@ def evidence(**changes):
         timings=(timing(merged=1.0, onnx=0.5),),
         files=FILES,
         files_now=FILES,
+        placements=(placement(), placement("classifier.bias", elements=2)),
     )
     return dataclasses.replace(made, **changes)
 

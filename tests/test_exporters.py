@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import transformers
 
-from lora_export import exporters, inputs, merged_files, stages, storage
+from lora_export import exporters, inputs, merged_files, placing, stages, storage
 from lora_export.errors import ExportFailed, InputError
 from lora_export.exporters import _onnx_translate
 from lora_export.records import Artifact, Form
@@ -103,6 +103,21 @@ def test_a_damaged_file_is_an_export_failure(exported, tmp_path):
     broken.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     with pytest.raises(ExportFailed, match=broken.name):
         exporters.load(name).inspect(broken)
+    with pytest.raises(ExportFailed, match=broken.name):
+        list(exporters.load(name).tensors(broken))
+
+
+def test_the_merged_tensors_are_inside_bit_for_bit(exported, subject):
+    _, artifact, path = exported
+    found = placing.placements_of(subject.model, subject.interface, subject.folder, artifact, path)
+    assert {p.tensor for p in found} == storage.Checkpoint.open(subject.folder).tensors.keys()
+    assert [p for p in found if p.differing or not p.found] == []
+
+
+def test_tensors_come_in_the_same_order_each_time(exported):
+    name, _, path = exported
+    first, second = ([n for n, _ in exporters.load(name).tensors(path)] for _ in range(2))
+    assert first == second
 
 
 def test_an_unknown_format_names_the_known_ones():

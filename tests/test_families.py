@@ -7,8 +7,8 @@ import pytest
 import transformers
 from families import FAMILIES
 
-from lora_export import calling, checks, exporters, inputs, pipeline
-from lora_export.checks import parity, structure
+from lora_export import calling, checks, exporters, inputs, models, pipeline, placing
+from lora_export.checks import parity, structure, weights
 from lora_export.errors import ExportFailed
 from lora_export.records import REFERENCE, UNMERGED, Evidence, Recording
 from lora_export.runners.eager import EagerRunner
@@ -54,18 +54,22 @@ def exported(family, name, folder):
         title: Recording(title, runner.precision, tuple(runner.run(b.arrays) for b in batches))
         for title, runner in runners.items()
     }
+    with models.quiet():
+        model.save_pretrained(folder / "merged")
+    artifact = exporters.describe(name, path)
     return Evidence(
         signature=signature,
-        artifacts=(exporters.describe(name, path),),
+        artifacts=(artifact,),
         batches=batches,
         recordings=recordings,
+        placements=placing.placements_of(model, interface, folder / "merged", artifact, path),
     )
 
 
 @pytest.mark.parametrize(("family", "name"), marked(c for c in CASES if c not in REFUSED))
 def test_it_computes_what_the_model_computes_at_every_shape(family, name, tmp_path):
     evidence = exported(family, name, tmp_path)
-    for verdict in (*parity.judge(evidence), *structure.judge(evidence)):
+    for verdict in (*parity.judge(evidence), *structure.judge(evidence), *weights.judge(evidence)):
         assert verdict.passed, verdict.note
         assert verdict.compared > 0
 

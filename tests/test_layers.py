@@ -10,15 +10,15 @@ import lora_export
 ROOT = Path(lora_export.__file__).parent
 ORDER = [
     "errors", "refusals", "records", "registry", "environment", "storage", "architecture",
-    "pickles", "publishing", "config", "rounding", "_kernel", "arithmetic", "variants",
-    "torch_rounding", "lora", "recomputed", "injection", "live",
+    "publishing", "config", "rounding", "_kernel", "arithmetic", "variants",
+    "torch_rounding", "pickles", "lora", "recomputed", "injection", "live",
     "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "recording",
-    "inputs", "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
-    "measurements", "codec", "report", "certificates", "comparing", "judging", "replaying",
-    "opening", "inspection", "merged_files", "stages", "proving", "tuning", "pipeline", "cli",
-    "__main__",
+    "inputs", "generating", "calling", "exporters", "matching", "placing", "timing", "footprint",
+    "candidates", "checks", "measurements", "codec", "report", "certificates", "comparing",
+    "judging", "replaying", "opening", "inspection", "merged_files", "stages", "proving", "tuning",
+    "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {

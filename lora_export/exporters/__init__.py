@@ -9,6 +9,9 @@ To add a format, add one file here with:
     export(request: Request)                write `request.path` (and files beside it); raises
                                             `ExportFailed`
     inspect(path) -> Contents               what the written file says about itself
+    tensors(path) -> Iterable               name and array of every constant tensor inside, one by
+                                            one and in the same order each time; bfloat16 is that of
+                                            ml_dtypes
     open_runner                             from the runner of the same name, in `runners/`
     files(path) -> Iterable[Path]           optional: the files it consists of, `path` first; else
                                             `path` and `path.*`

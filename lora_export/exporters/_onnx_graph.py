@@ -1,7 +1,7 @@
 """Small steps on an ONNX graph that the rewrites of this folder are made of."""
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,6 +37,32 @@ def untransposed(value: Value) -> tuple[Value, bool]:
 def constant(value: Value | None) -> Array | None:
     """Return the array that `value` always is, or None where it is computed."""
     return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def constants(model: Model) -> Iterator[tuple[str, Array]]:
+    """Yield name and array of every constant tensor of `model`: of inner graphs and functions too.
+
+    An attribute that is a tensor has the name of the value that its node makes. Tensors of text are
+    left out.
+    """
+    for graph in (model.graph, *model.functions.values()):
+        yield from _constants_of(graph)
+        for inner in graph.subgraphs():
+            yield from _constants_of(inner)
+
+
+def _constants_of(graph: Graph) -> Iterator[tuple[str, Array]]:
+    initializers = getattr(graph, "initializers", {})  # a function has none
+    held = [(value.name, value.const_value) for value in initializers.values()]
+    held += [
+        (node.outputs[0].name, attribute.value)
+        for node in graph
+        for attribute in node.attributes.values()
+        if attribute.type == ir.AttributeType.TENSOR
+    ]
+    for name, tensor in held:
+        if tensor is not None and tensor.dtype != ir.DataType.STRING:
+            yield name, tensor.numpy()
 
 
 def initializer(graph: Graph, name: str, array: Array) -> Value:

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
+from lora_export.records import Array
 from lora_export.runners._torch import NOTE, precision_of
-from lora_export.runners.aoti import note_of
+from lora_export.runners.aoti import note_of, refuse_other_machine
 from lora_export.runners.aoti import open_runner as open_runner
+from lora_export.torch_rounding import as_array
 
 SUFFIX = ".aoti.pt2"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -112,6 +115,26 @@ def inspect(path: Path) -> Contents:
         raise ExportFailed(f"{path.name} is no AOTInductor package: {error}") from error
 
 
+def tensors(path: Path) -> Iterator[tuple[str, Array]]:
+    """Yield the constants of the package at `path`, as its code has them once it is loaded.
+
+    Raises:
+        InputError: the package is for another kind of processor.
+        ExportFailed: it is no package, or lora-export did not write it.
+    """
+    refuse_other_machine(path, note_of(path)["target"])
+    with tempfile.TemporaryDirectory(prefix="lora_export-") as folder:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                library = next(name for name in archive.namelist() if name.endswith(".so"))
+                code = archive.extract(library, folder)
+            runner = torch._C._aoti.AOTIModelContainerRunnerCpu(code, 1)
+        except (RuntimeError, zipfile.BadZipFile, StopIteration) as error:
+            raise ExportFailed(f"{path.name} cannot be loaded: {error}") from error
+        for name, tensor in runner.extract_constants_map(False).items():
+            yield name, as_array(tensor.clone())  # its memory goes with the library
+
+
 @contextlib.contextmanager
 def _compiling_for(target: str) -> Iterator[None]:
     """Have torch choose among the instructions of `target`; raises `ExportFailed` without any."""
@@ -145,6 +168,7 @@ def _options(folder: str, isa: Iterable[str]) -> dict[str, Any]:
         "aot_inductor.output_path": folder,
         "aot_inductor.model_name_for_generated_files": "model",
         "aot_inductor.enable_line_tables": False,
+        "always_keep_tensor_constants": True,  # not as numbers in the code, where none finds them
         "cpp.dynamic_threads": True,  # or the number of threads here would be that everywhere
     }
     if platform.machine() in ("x86_64", "AMD64"):

@@ -18,6 +18,7 @@ from lora_export.exporters import (
     Contents,
     Request,
     _onnx_choose,
+    _onnx_graph,
     _onnx_speed,
     _onnx_text,
     _onnx_tokenizer,
@@ -25,7 +26,7 @@ from lora_export.exporters import (
 )
 from lora_export.exporters._onnx_graph import Model
 from lora_export.exporters._program import traced
-from lora_export.records import Signature, TensorSpec
+from lora_export.records import Array, Signature, TensorSpec
 from lora_export.runners.onnx import DATA, refuse_other_data
 from lora_export.runners.onnx import open_runner as open_runner
 
@@ -128,6 +129,18 @@ def inspect(path: Path) -> Contents:
             "metadata": said,
         },
     )
+
+
+def tensors(path: Path) -> Iterator[tuple[str, Array]]:
+    """Yield the constant tensors of the file at `path`; what lies beside it is read one by one.
+
+    Raises:
+        ExportFailed: the file, or the one with its weights, cannot be read.
+    """
+    try:
+        yield from _onnx_graph.constants(ir.load(path))
+    except Exception as error:  # protobuf and readers of data beside it raise as it comes
+        raise ExportFailed(f"cannot read {path.name}: {first_line(error)}") from error
 
 
 def _data_names(model: onnx.ModelProto) -> set[str]:

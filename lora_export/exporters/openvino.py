@@ -7,15 +7,17 @@ ask, and OpenVINO's own converter of torch models, which reports its use to Inte
 import dataclasses
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import ml_dtypes
 
 from lora_export import exporters, registry
 from lora_export.errors import ExportFailed, InputError, first_line
 from lora_export.exporters import Contents, Request, _onnx_choose, _onnx_translate
 from lora_export.exporters._program import as_text, from_text
-from lora_export.records import TensorSpec
+from lora_export.records import Array, TensorSpec
 from lora_export.runners.openvino import NOTE, package
 from lora_export.runners.openvino import open_runner as open_runner
 
@@ -91,6 +93,25 @@ def inspect(path: Path) -> Contents:
             "metadata": content["metadata"],
         },
     )
+
+
+def tensors(path: Path) -> Iterator[tuple[str, Array]]:
+    """Yield the constants of the graph at `path`; their bytes stay on disk until read.
+
+    Raises:
+        InputError: OpenVINO is not installed.
+        ExportFailed: OpenVINO cannot read the files.
+    """
+    try:
+        graph = package().Core().read_model(str(path))
+    except RuntimeError as error:
+        raise ExportFailed(f"{path.name} is no OpenVINO graph: {first_line(error)}") from error
+    for node in graph.get_ops():
+        if node.get_type_name() == "Constant":
+            array = node.data
+            if node.get_element_type().get_type_name() == "bf16":
+                array = array.view(ml_dtypes.bfloat16)
+            yield node.get_friendly_name(), array
 
 
 def _name_by_place(graph: Any) -> None:

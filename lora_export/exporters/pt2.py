@@ -1,5 +1,6 @@
 """A torch.export program (`.pt2`): one file that torch runs without transformers or model code."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,9 +9,11 @@ from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
+from lora_export.records import Array
 from lora_export.runners._torch import NOTE
 from lora_export.runners.pt2 import loaded
 from lora_export.runners.pt2 import open_runner as open_runner
+from lora_export.torch_rounding import as_array
 
 SUFFIX = ".pt2"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -57,3 +60,15 @@ def inspect(path: Path) -> Contents:
             "metadata": content["metadata"],
         },
     )
+
+
+def tensors(path: Path) -> Iterator[tuple[str, Array]]:
+    """Yield parameters, buffers and constants of the program at `path`.
+
+    Raises:
+        ExportFailed: torch cannot load the file, or lora-export did not write it.
+    """
+    program, _ = loaded(path)
+    for name, value in {**program.state_dict, **program.constants}.items():
+        if isinstance(value, torch.Tensor):
+            yield name, as_array(value)

@@ -5,16 +5,19 @@ TorchScript is deprecated in torch (since 2.11) and still supported; its success
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
-from lora_export.records import TensorSpec
+from lora_export.records import Array, TensorSpec
 from lora_export.runners.torchscript import SIGNATURE_FILE
 from lora_export.runners.torchscript import open_runner as open_runner
+from lora_export.torch_rounding import as_array
 
 SUFFIX = ".pt"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -58,13 +61,7 @@ def export(request: Request) -> None:
 
 def inspect(path: Path) -> Contents:
     """Return the interface and the names that the archive at `path` declares."""
-    extra = {ABOUT_FILE: "{}", SIGNATURE_FILE: "{}"}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
-    except (RuntimeError, ValueError) as error:
-        raise ExportFailed(f"{path.name} is no TorchScript file: {error}") from error
+    module, extra = _loaded(path)
     schema = module.forward.schema
     arguments = [argument.name for argument in schema.arguments if argument.name != "self"]
     said = json.loads(extra[SIGNATURE_FILE])
@@ -78,6 +75,33 @@ def inspect(path: Path) -> Contents:
         names=(*module.state_dict(), *operators, *(n for n, _ in module.named_modules())),
         facts={"torch": torch.__version__, "metadata": json.loads(extra[ABOUT_FILE])},
     )
+
+
+def tensors(path: Path) -> Iterator[tuple[str, Array]]:
+    """Yield parameters, buffers, and the tensors that the trace holds as constants, at `path`.
+
+    Raises:
+        ExportFailed: torch cannot load the file.
+    """
+    module, _ = _loaded(path)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        yield name, as_array(tensor)
+    graph = module.inlined_graph  # the nodes do not keep it alive
+    for node in graph.findAllNodes("prim::Constant"):
+        if node.hasAttribute("value") and node.kindOf("value") == "t":
+            yield node.output().debugName(), as_array(node.t("value"))
+
+
+def _loaded(path: Path) -> tuple[Any, dict[str, str]]:
+    """Return the module in the archive at `path`, and what lora-export says beside it."""
+    extra = {ABOUT_FILE: "{}", SIGNATURE_FILE: "{}"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)
+    except (RuntimeError, ValueError) as error:
+        raise ExportFailed(f"{path.name} is no TorchScript file: {error}") from error
+    return module, extra
 
 
 def _without_source_paths(traced: Path, path: Path) -> None:
