@@ -206,6 +206,18 @@ def noise_floor(evidence: Evidence, only: str | None = None) -> Distance:
     return Distance(max(found.largest, least, tiny), found.compared, "", found.batch)
 
 
+def tolerance(evidence: Evidence, output: str | None = None) -> float:
+    """Return how far an output may lie from the reference.
+
+    NaN, which nothing lies within, where the noise floor cannot be told.
+    """
+    policy = evidence.policy
+    if policy.tolerance is not None:
+        return policy.tolerance
+    floor = noise_floor(evidence, output)
+    return float("nan") if floor.defect else policy.multiple * floor.largest
+
+
 def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:
     """Return the paired latency ratios of `runner` to `against`, one per round."""
     with np.errstate(divide="ignore", invalid="ignore"):  # a time of zero is no number to pass

@@ -14,6 +14,7 @@ from lora_export.records import (
     REFERENCE,
     UNMERGED,
     Account,
+    Alone,
     Artifact,
     Batch,
     Certificate,
@@ -120,6 +121,16 @@ def audit(tensor="layer.0.query.weight", **changes):
     return dataclasses.replace(made, **changes)
 
 
+def alone(runners=(MERGED, "onnx"), answers=None):
+    """What they answer to the second sentence, and to the second row of the grid, each alone."""
+    known = recordings() if answers is None else answers
+    return tuple(
+        Alone(runner, batch, 1, {"logits": known[runner].outputs[batch]["logits"][1:2]})
+        for runner in runners
+        for batch in (0, 1)
+    )
+
+
 def account(**changes):
     """Two modules merged, a head placed, and every base tensor where it belongs."""
     made = Account(
@@ -149,6 +160,7 @@ def evidence(**changes):
         timings=(timing(merged=1.0, onnx=0.5),),
         files=FILES,
         files_now=FILES,
+        alone=alone(),
     )
     return dataclasses.replace(made, **changes)
 
