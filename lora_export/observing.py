@@ -3,18 +3,23 @@
 Like the stages, these functions act and record, and judge nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from lora_export import inputs, stages
-from lora_export.records import Alone, Batch, Signature
+from lora_export.generating import generate
+from lora_export.records import Alone, Array, Batch, Signature, Written
 from lora_export.runners import Runner
 
 # Of each source of batches this many with several rows, and of each of them as many rows, are
 # passed once more, row by row.
 ALONE_BATCHES = 3
 ALONE_ROWS = 3
+# Text that is written on: so many sentences, so many of their tokens, and so many new ones.
+PROMPTS = 3
+PROMPT_LENGTH = 16
+NEW_TOKENS = 16
 
 
 def alone(runner: Runner, batches: Sequence[Batch], signature: Signature) -> tuple[Alone, ...]:
@@ -47,3 +52,47 @@ def _from_short_to_long(batch: Batch) -> list[int]:
         rows = batch.mask.reshape(len(rows), -1).sum(axis=1).argsort(kind="stable")
     places = np.linspace(0, len(rows) - 1, min(ALONE_ROWS, len(rows))).astype(int)
     return [int(rows[place]) for place in places]
+
+
+def written(
+    runner: Runner, signature: Signature, batches: Sequence[Batch], *, cached: bool
+) -> Written:
+    """Return what `runner` writes after the first sentences of `batches`, as `generate` does.
+
+    The signature is one with a cache. Where it is not `cached`, all of the text goes in again for
+    every token, beside an empty cache.
+    """
+    listener = _Listener(runner)
+    ids, mask = _prompts(signature, next(batch for batch in batches if batch.texts))
+    count = min(NEW_TOKENS, signature.max_length // 2)
+    tokens = generate(listener, signature, ids, mask, max_new_tokens=count, cached=cached)
+    best = np.sort(np.stack(listener.heard, axis=1).astype(np.float64), axis=-1)[..., -2:]
+    return Written(runner.name, cached, tokens, np.diff(best, axis=-1)[..., 0] / 2)
+
+
+def _prompts(signature: Signature, batch: Batch) -> tuple[Array, Array]:
+    """Return token ids and mask of a few sentences; those of a decoder are padded on the left."""
+    longest = min(PROMPT_LENGTH, signature.max_length // 2)
+    rows = zip(batch.arrays["input_ids"], batch.mask.astype(bool), strict=True)
+    texts = [ids[mask][:longest] for ids, mask in list(rows)[:PROMPTS]]
+    length = max(map(len, texts))
+    ids = np.full((len(texts), length), signature.pad_token_id, np.int64)
+    mask = np.zeros_like(ids)
+    for row, text in enumerate(texts):
+        places = slice(len(text)) if signature.has_target else slice(length - len(text), length)
+        ids[row, places], mask[row, places] = text, 1
+    return ids, mask
+
+
+class _Listener:
+    """A runner that keeps the logits of the last token of each answer."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.name, self.precision = runner, runner.name, runner.precision
+        self.heard: list[Array] = []
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return what the runner answers."""
+        found = self.runner.run(inputs)
+        self.heard.append(found["logits"][:, -1])
+        return found

@@ -30,6 +30,7 @@ from lora_export.records import (
     Timing,
     Verdict,
     WeightAudit,
+    Written,
 )
 
 NOISE = 2.0**-20  # how far the unmerged model lies from the reference: the noise floor
@@ -129,6 +130,22 @@ def alone(runners=(MERGED, "onnx"), answers=None):
         for runner in runners
         for batch in (0, 1)
     )
+
+
+TOKENS = np.array([[5, 7, 9, 7], [8, 8, 6, 5]])
+
+
+def writing(**changes):
+    """Evidence of a decoder with a cache of one layer, and of what was written with it."""
+    of = TensorSpec("past_key_values.0.key", "float32", ("batch", 2, "past", 4))
+    known = signature(inputs=(*signature().inputs, of))
+    texts = tuple(
+        Written(name, cached, TOKENS, np.full(TOKENS.shape, 1.0))
+        for name in (REFERENCE, MERGED, "onnx")
+        for cached in (True, False)
+    )
+    own = artifact(inputs=known.inputs)
+    return evidence(**{"signature": known, "artifacts": (own,), "written": texts, **changes})
 
 
 def account(**changes):

@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hand_made import LOGITS, alone, evidence, reading, recordings, reduced
+from hand_made import LOGITS, alone, evidence, reading, recordings, reduced, writing
 
 from lora_export import checks, registry
 from lora_export.records import Evidence, Status
@@ -16,8 +16,9 @@ FIELDS = {
 }  # fmt: skip
 
 
-# Asked of artifacts in reduced precision alone, and of those with the tokenizer inside.
-RARE = {"fidelity": reduced, "text": reading}
+# Asked of artifacts in reduced precision alone, of those with the tokenizer inside, and of models
+# that write.
+RARE = {"fidelity": reduced, "text": reading, "generation": writing}
 
 
 def sound(name):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lora_export import calling, inputs, observing, stages
-from lora_export.checks import batch_invariant
-from lora_export.records import MERGED, REFERENCE, Evidence, Status
+from lora_export.checks import batch_invariant, generation
+from lora_export.records import MERGED, REFERENCE, Batch, Evidence, Status
 from lora_export.runners.eager import EagerRunner
 
 
@@ -116,3 +116,71 @@ def test_padding_beside_cached_tokens_stays():
     assert found.arrays["attention_mask"].shape == (1, 8)
     assert found.arrays["input_ids"].shape == (1, 2)
     assert found.arrays["past_key_values.0.key"].shape[2] == 6
+
+
+# ---------------------------------------------------------------- what a model writes
+
+
+class Forgetful:
+    """A runner that loses the oldest cached token."""
+
+    def __init__(self, runner):
+        self.runner, self.name, self.precision = runner, runner.name, runner.precision
+
+    def run(self, arrays):
+        lost = {n: a.copy() for n, a in arrays.items()}
+        for name, array in lost.items():
+            if name.startswith("past_key_values."):
+                array[:, :, :1] = 0
+        return self.runner.run(lost)
+
+
+def spoken(family, change=lambda runner: runner):
+    """What is judged of the text that a small model writes."""
+    _, interface, (reference, runner) = made(family)
+    signature = interface.signature
+    arrays = inputs.made(signature, 3, 9, "right", 1)
+    text = Batch("text", "sentences", arrays, ("a", "b", "c"))
+    batches = (text, *inputs.grid_batches(signature, 3)[1:4])
+    texts = [
+        observing.written(r, signature, batches, cached=cached)
+        for r in (reference, change(runner))
+        for cached in (True, False)
+    ]
+    recordings = {r.name: stages.record(r, batches) for r in (reference, runner)}
+    (verdict,) = generation.judge(
+        Evidence(
+            signature=signature,
+            batches=batches,
+            recordings=recordings,
+            floor=MERGED,
+            written=tuple(texts),
+        )
+    )
+    return texts, verdict
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_a_model_writes_what_the_reference_writes_with_its_cache_and_without(family):
+    texts, verdict = spoken(family)
+    assert {text.tokens.shape for text in texts} == {(3, observing.NEW_TOKENS)}
+    assert {text.margins.dtype for text in texts} == {np.dtype("float64")}
+    assert all((text.margins >= 0).all() for text in texts)
+    assert (verdict.status, verdict.where) == (Status.PASS, ()), verdict.note
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_cache_that_forgets_fails(family):
+    _, verdict = spoken(family, Forgetful)
+    assert verdict.status is Status.FAIL
+    assert all("with cache" in place for place in verdict.where)
+
+
+def test_the_margin_is_the_least_change_of_a_logit_that_decides_otherwise():
+    _, interface, (runner, _) = made("llama")
+    text = Batch("text", "", inputs.made(interface.signature, 3, 9, "right", 1), ("a", "b", "c"))
+    found = observing.written(runner, interface.signature, [text], cached=True)
+    logits = runner.run({n: a[:1] for n, a in text.arrays.items()})["logits"][0, -1]
+    best = np.sort(logits)[-2:]
+    assert found.tokens[0, 0] == logits.argmax()
+    assert found.margins[0, 0] == pytest.approx((best[1] - best[0]) / 2)
