@@ -3,14 +3,27 @@
 Like the stages, these functions act and record, and judge nothing.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from lora_export import inputs, stages
+from lora_export import exporters, inputs, stages
 from lora_export.generating import generate
-from lora_export.records import Alone, Array, Batch, Signature, Written
+from lora_export.records import (
+    PLAIN,
+    Alone,
+    Array,
+    Artifact,
+    Batch,
+    Form,
+    Repeat,
+    Signature,
+    Written,
+)
 from lora_export.runners import Runner
+from lora_export.stages import Subject
 
 # Of each source of batches this many with several rows, and of each of them as many rows, are
 # passed once more, row by row.
@@ -96,3 +109,44 @@ class _Listener:
         found = self.runner.run(inputs)
         self.heard.append(found["logits"][:, -1])
         return found
+
+
+def repeat(
+    subject: Subject,
+    artifact: Artifact,
+    folder: Path,
+    form: Form = PLAIN,
+    examples: Sequence[str] = (),
+) -> Repeat:
+    """Export `subject` once more as it was for `artifact` in `folder`; return what came of it.
+
+    Raises: as `stages.export_stage`.
+    """
+    file = artifact.files[0].name
+    first = exporters.load(artifact.format).inspect(folder / file)
+    with tempfile.TemporaryDirectory(prefix="lora_export-") as place:
+        # Under the same name, which some files hold.
+        second = stages.export_stage(artifact.format, subject, Path(place), file, form, examples)
+        again = exporters.load(artifact.format).inspect(Path(place) / file)
+    return Repeat(
+        artifact.format,
+        artifact.files,
+        second.files,
+        tuple(_differing(first, again)),
+        artifact.operators,
+        second.operators,
+    )
+
+
+def _differing(first: exporters.Contents, second: exporters.Contents) -> list[str]:
+    """Return what of two artifacts differs inside, by name."""
+    counts = (first.operators, second.operators)
+    found = [
+        f"{kind}: {counts[0].get(kind, 0)} and {counts[1].get(kind, 0)}"
+        for kind in sorted(counts[0].keys() | counts[1].keys())
+        if counts[0].get(kind, 0) != counts[1].get(kind, 0)
+    ]
+    found += sorted(set(first.names) ^ set(second.names))
+    said = (first.facts["metadata"], second.facts["metadata"])
+    keys = sorted(said[0].keys() | said[1].keys())
+    return [*found, *(f"metadata {key}" for key in keys if said[0].get(key) != said[1].get(key))]

@@ -23,6 +23,7 @@ from lora_export.records import (
     Measurement,
     Modules,
     Recording,
+    Repeat,
     Reply,
     Signature,
     Status,
@@ -132,6 +133,13 @@ def alone(runners=(MERGED, "onnx"), answers=None):
     )
 
 
+def repeat(name="onnx", **changes):
+    """A second export that gave the same."""
+    files, operators = artifact(name).files, {"Gemm": 4, "Add": 2}
+    made = Repeat(name, files, files, (), operators, operators)
+    return dataclasses.replace(made, **changes)
+
+
 TOKENS = np.array([[5, 7, 9, 7], [8, 8, 6, 5]])
 
 
@@ -178,6 +186,7 @@ def evidence(**changes):
         files=FILES,
         files_now=FILES,
         alone=alone(),
+        repeats=(repeat(),),
     )
     return dataclasses.replace(made, **changes)
 

@@ -7,9 +7,9 @@ import families
 import numpy as np
 import pytest
 
-from lora_export import calling, inputs, observing, stages
-from lora_export.checks import batch_invariant, generation
-from lora_export.records import MERGED, REFERENCE, Batch, Evidence, Status
+from lora_export import LoraConfig, calling, inject, inputs, merged_files, observing, stages
+from lora_export.checks import batch_invariant, generation, plain, reproducible
+from lora_export.records import MERGED, REFERENCE, Batch, Evidence, Modules, Status
 from lora_export.runners.eager import EagerRunner
 
 
@@ -184,3 +184,46 @@ def test_the_margin_is_the_least_change_of_a_logit_that_decides_otherwise():
     best = np.sort(logits)[-2:]
     assert found.tokens[0, 0] == logits.argmax()
     assert found.margins[0, 0] == pytest.approx((best[1] - best[0]) / 2)
+
+
+# ---------------------------------------------------------------- a second export
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_base, tiny_adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("observed")
+    path, _ = tiny_adapter(folder, str(tiny_base))
+    merged_files.merge_files(path, out=folder / "merged")
+    return stages.load_subject(folder / "merged")
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("pt2", "openvino")]
+
+
+@pytest.mark.parametrize("name", ["onnx", "torchscript", *SLOW])
+def test_a_second_export_gives_the_same_digests(subject, tmp_path, name):
+    if name == "openvino":
+        pytest.importorskip("openvino")
+    artifact = stages.export_stage(name, subject, tmp_path)
+    found = observing.repeat(subject, artifact, tmp_path)
+    assert found.differing == ()
+    assert sum(found.operators.values()) > 50
+    evidence = Evidence(artifacts=(artifact,), repeats=(found,), modules=Modules({}, {}, ()))
+    (verdict,) = reproducible.judge(evidence)
+    assert verdict.status is Status.PASS, verdict.note
+    assert plain.judge(evidence)[-1].status is Status.PASS
+
+
+def test_the_export_of_another_model_fails_and_says_what_differs(subject, tmp_path):
+    """As if the file were that of a model with the adapter still beside it."""
+    artifact = stages.export_stage("torchscript", subject, tmp_path)
+    live = copy.deepcopy(subject.model)
+    inject(live, LoraConfig(rank=2, alpha=4.0))
+    other = dataclasses.replace(subject, model=live)
+    found = observing.repeat(other, artifact, tmp_path)
+    assert any(text.startswith("aten::linear: ") for text in found.differing)
+    assert any("lora_A" in text for text in found.differing)
+    evidence = Evidence(artifacts=(artifact,), repeats=(found,), modules=Modules({}, {}, ()))
+    (verdict,) = reproducible.judge(evidence)
+    assert (verdict.status, "model.pt" in verdict.where) == (Status.FAIL, True)
+    assert plain.judge(evidence)[-1].status is Status.FAIL

@@ -22,7 +22,7 @@ import contextlib
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ class Contents:
     outputs: tuple[TensorSpec, ...]
     names: tuple[str, ...]  # of operators, modules and tensors inside
     facts: Mapping[str, Any]  # opset, versions
+    operators: Mapping[str, int] = field(default_factory=dict)  # how often each is in the graph
 
 
 def names() -> tuple[str, ...]:
@@ -123,6 +124,7 @@ def describe(name: str, path: Path) -> Artifact:
         facts=dict(contents.facts),
         lora_names=tuple(sorted(n for n in contents.names if "lora" in n.lower())),
         leaked_paths=tuple(sorted({leak for file in found for leak in _leaks(file)})),
+        operators=dict(sorted(contents.operators.items())),
     )
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,10 @@ OPTIONS = {
 # Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
 OPSET = 20
 DATA = "lora_export.data"  # metadata: name and digest of the file of weights
-# Node metadata of the exporter that carries the exporting machine's paths.
+# Node metadata of the exporter that carries the exporting machine's paths, and where in memory a
+# function lay that it names.
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def export(request: Request) -> None:
@@ -127,6 +131,9 @@ def inspect(path: Path) -> Contents:
             "nodes": len(graph.node),
             "metadata": said,
         },
+        operators=Counter(
+            f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.node
+        ),
     )
 
 
@@ -178,12 +185,12 @@ def _refuse_other_data(path: Path, names: Iterable[str], said: Mapping[str, str]
 
 def _clean(model: Any, about: Mapping[str, str]) -> None:
     """Take out what names the exporting machine; put in what the user should find."""
-    for node in model.graph.all_nodes():
+    functions = (node for function in model.functions.values() for node in function.all_nodes())
+    for node in (*model.graph.all_nodes(), *functions):
         node.metadata_props.pop(_STACK_TRACE, None)
+        for key, value in node.metadata_props.items():
+            node.metadata_props[key] = _ADDRESS.sub("", value)
         node.doc_string = None
-    for function in model.functions.values():
-        for node in function.all_nodes():
-            node.metadata_props.pop(_STACK_TRACE, None)
     model.metadata_props.clear()
     model.metadata_props.update(about)
 

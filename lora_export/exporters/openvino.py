@@ -7,6 +7,7 @@ ask, and OpenVINO's own converter of torch models, which reports its use to Inte
 import dataclasses
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def inspect(path: Path) -> Contents:
             "nodes": len(nodes),
             "metadata": content["metadata"],
         },
+        operators=Counter(node.get_type_name() for node in nodes),
     )
 
 

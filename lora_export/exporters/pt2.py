@@ -1,5 +1,6 @@
 """A torch.export program (`.pt2`): one file that torch runs without transformers or model code."""
 
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ def inspect(path: Path) -> Contents:
             "nodes": len(nodes),
             "metadata": content["metadata"],
         },
+        operators=Counter(str(node.target) for node in nodes),
     )
 
 
