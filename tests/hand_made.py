@@ -18,6 +18,7 @@ from lora_export.records import (
     Artifact,
     Batch,
     Certificate,
+    Claim,
     Evidence,
     FileDigest,
     Measurement,
@@ -140,6 +141,17 @@ def repeat(name="onnx", **changes):
     return dataclasses.replace(made, **changes)
 
 
+def claims(**found):
+    """What the merged model and the artifact say, and `found` what the latter says otherwise."""
+    labels, digest = '["negative", "positive"]', "aa"
+    said = {"labels": labels, "tokenizer.json": digest}
+    return tuple(
+        Claim(subject, name, value, found.get(name, value) if subject == "onnx" else value)
+        for subject in (MERGED, "onnx")
+        for name, value in said.items()
+    )
+
+
 TOKENS = np.array([[5, 7, 9, 7], [8, 8, 6, 5]])
 
 
@@ -186,6 +198,7 @@ def evidence(**changes):
         files=FILES,
         files_now=FILES,
         alone=alone(),
+        claims=claims(),
         repeats=(repeat(),),
     )
     return dataclasses.replace(made, **changes)
