@@ -21,6 +21,7 @@ from lora_export.records import (
     Claim,
     Evidence,
     FileDigest,
+    Fusion,
     Measurement,
     Modules,
     Recording,
@@ -152,6 +153,12 @@ def claims(**found):
     )
 
 
+FUSIONS = (
+    Fusion("onnx", "LayerNorm", 5, 5, "5 LayerNormalization"),
+    Fusion("onnx", "GELU", 2, 3, "3 Gelu"),
+)
+
+
 TOKENS = np.array([[5, 7, 9, 7], [8, 8, 6, 5]])
 
 
@@ -198,6 +205,7 @@ def evidence(**changes):
         files=FILES,
         files_now=FILES,
         alone=alone(),
+        fusions=FUSIONS,
         claims=claims(),
         repeats=(repeat(),),
     )

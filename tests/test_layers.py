@@ -16,8 +16,9 @@ ORDER = [
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "inputs",
     "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
-    "measurements", "codec", "report", "judging", "opening", "inspection", "merged_files", "claims", "stages",
-    "observing", "tuning", "pipeline", "cli", "__main__",
+    "measurements", "codec", "report", "judging", "opening", "inspection", "merged_files",
+    "claims", "stages", "fusing", "observing",
+    "tuning", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {

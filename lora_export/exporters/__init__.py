@@ -12,6 +12,8 @@ To add a format, add one file here with:
     open_runner(path, threads) -> Runner    something that runs it
     files(path) -> Iterable[Path]           optional: the files it consists of, `path` first; else
                                             `path` and `path.*`
+    running(path) -> Mapping[str, int]      optional: how often each operator is in the graph as its
+                                            runtime runs it
     require()                               optional: raises where what writes or runs it is not
                                             there on this machine
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import re
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +29,7 @@ from lora_export.exporters import (
 from lora_export.exporters._onnx_graph import Model
 from lora_export.exporters._program import traced
 from lora_export.records import Signature, TensorSpec
-from lora_export.runners.onnx import OnnxRunner
+from lora_export.runners.onnx import OnnxRunner, write_as_run
 
 SUFFIX = ".onnx"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -131,10 +132,19 @@ def inspect(path: Path) -> Contents:
             "nodes": len(graph.node),
             "metadata": said,
         },
-        operators=Counter(
-            f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in graph.node
-        ),
+        operators=_operators(graph),
     )
+
+
+def running(path: Path) -> Mapping[str, int]:
+    """Return how often each operator is in the graph as onnxruntime runs it on this machine."""
+    with tempfile.TemporaryDirectory(prefix="lora_export-") as folder:
+        write_as_run(path, target := Path(folder) / "model.onnx")
+        return _operators(onnx.load(str(target), load_external_data=False).graph)
+
+
+def _operators(graph: onnx.GraphProto) -> Counter[str]:
+    return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.node)
 
 
 def open_runner(path: Path, threads: int) -> OnnxRunner:
