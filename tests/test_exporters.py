@@ -66,6 +66,16 @@ def test_nothing_in_the_artifact_is_named_after_lora(exported):
     assert exported[1].lora_names == ()
 
 
+def test_the_operators_of_the_graph_are_counted(exported):
+    """Of compiled code there are none to count."""
+    name, artifact, _ = exported
+    assert (sum(artifact.operators.values()) > 50) == (name != "aoti")
+    linear = {"onnx": "Gemm", "torchscript": "aten::linear", "pt2": "aten.linear.default",
+              "openvino": "MatMul"}  # fmt: skip
+    if name in linear:  # two layers of six, pooler and head; OpenVINO has those of attention too
+        assert artifact.operators[linear[name]] == 14 + 4 * (name == "openvino")
+
+
 def test_no_path_of_this_machine_is_in_the_artifact(exported):
     assert exported[1].leaked_paths == ()
 
