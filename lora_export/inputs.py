@@ -247,7 +247,8 @@ def of_row(
     if "attention_mask" in batch.arrays and not signature.sizes(batch.arrays).get("past"):
         places = np.flatnonzero(batch.mask[row].reshape(-1, batch.mask.shape[-1]).any(axis=0))
         from_left = signature.has_cache and not signature.has_target
-        window = slice(places[0] if from_left else 0, places[-1] + 1)
+        if places.size:  # or the row is nothing but padding
+            window = slice(places[0] if from_left else 0, places[-1] + 1)
     cuts = {"batch": slice(row, row + 1), "sequence": window, "total": window}
     axes = {spec.name: spec.axes for spec in specs}
     return {

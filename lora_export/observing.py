@@ -118,9 +118,9 @@ def repeat(
     form: Form = PLAIN,
     examples: Sequence[str] = (),
 ) -> Repeat:
-    """Export `subject` once more as it was for `artifact` in `folder`; return what came of it.
+    """Return what comes of exporting `subject` once more, as it was for `artifact` in `folder`.
 
-    Raises: as `stages.export_stage`.
+    `form` and `examples` are those of that export; raises as `stages.export_stage` does.
     """
     file = artifact.files[0].name
     first = exporters.load(artifact.format).inspect(folder / file)

@@ -2,7 +2,18 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hand_made import LIMIT, NOISE, TEXTS, alone, evidence, per_token, reduced
+from hand_made import (
+    LIMIT,
+    LOGITS,
+    NOISE,
+    TEXTS,
+    alone,
+    evidence,
+    per_token,
+    recording,
+    reduced,
+    with_recording,
+)
 
 from lora_export.checks import batch_invariant
 from lora_export.records import MERGED, Alone, Status
@@ -79,3 +90,20 @@ def test_reduced_precision_may_change_by_twice_what_it_costs():
 def test_a_runner_that_answered_no_row_alone_is_not_run():
     found = judged(evidence(alone=alone([MERGED])))
     assert found["onnx"].status is Status.NOT_RUN
+
+
+def test_where_neither_was_answered_it_fails():
+    """A runner that raises at every call leaves nothing to compare."""
+    found = evidence(alone=tuple(dataclasses.replace(row, outputs={}) for row in alone()))
+    silent = dataclasses.replace(found.recordings["onnx"], outputs=({}, {}))
+    verdict = judged(with_recording(found, "onnx", silent))["onnx"]
+    assert (verdict.status, verdict.compared) == (Status.FAIL, 0)
+    assert "there is no logits" in verdict.note
+
+
+def test_reduced_precision_that_costs_nothing_may_not_change():
+    exact = [logits.astype(np.float32) for logits in LOGITS]
+    found = with_recording(reduced(), "onnx", recording("onnx", exact))
+    same = alone(["onnx"], {"onnx": recording("onnx", exact)})
+    assert judged(dataclasses.replace(found, alone=same))["onnx"].passed
+    assert not judged(dataclasses.replace(found, alone=changed(NOISE)))["onnx"].passed

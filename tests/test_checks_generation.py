@@ -30,7 +30,7 @@ def test_texts_that_are_the_references_pass():
         MERGED: (Status.PASS, 3 * TOKENS.size),
         "onnx": (Status.PASS, 3 * TOKENS.size),
     }
-    assert "100% and 100% are the reference's" in found["onnx"].note
+    assert "100% of the tokens are the reference's with cache, 100% without" in found["onnx"].note
 
 
 def test_a_model_without_a_cache_is_not_asked():

@@ -62,7 +62,9 @@ def _judge(
             text = [repr(text[:40]) for text in batch.texts[row.row : row.row + 1]]
             where += text or [alone(batch, row.row, signature).note]
             defects += [far.defect for far, _ in found if far.defect]
-    worst, limit = max(deviations, key=lambda d: (not d[0].largest <= d[1], d[0].largest / d[1]))
+    worst, limit = max(
+        deviations, key=lambda d: (not d[0].largest <= d[1], d[0].largest / (d[1] or 1))
+    )
     note = f"{len(rows) - len(where)} of {len(rows)} rows are answered alone as among others"
     if is_reduced:
         note += "; the limit is twice the artifact's distance from the reference"
@@ -78,6 +80,8 @@ def _distance(row: Alone, output: str, evidence: Evidence, signature: Signature)
     """Return how far what was answered alone lies from what was answered among others."""
     batch = evidence.batches[row.batch]
     among = evidence.recordings[row.runner].outputs[row.batch]
+    if output not in among.keys() & row.outputs.keys():
+        return Distance(float("inf"), 0, f"there is no {output}", row.batch)
     kept = of_row(batch, row.row, among, signature.outputs, signature)
     single = replace(evidence, batches=(alone(batch, row.row, signature),))
     expected, found = (Recording(row.runner, "", (outputs,)) for outputs in (kept, row.outputs))

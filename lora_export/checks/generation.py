@@ -60,13 +60,13 @@ def _judge(name: str, reference: Written, own: list[Written], limit: float) -> V
                 excused += 1
             elif place < differs.size:
                 where.append(f"{how}: text {row + 1}, token {place + 1}")
-    same = [float((reference.tokens == w.tokens).mean()) for w in own if _alike(reference, w)]
-    note = "of the tokens, " + " and ".join(f"{share:.0%}" for share in same)
-    note += " are the reference's, with cache and without"
+    same = [
+        float((reference.tokens == text.tokens).mean())
+        if text.tokens.shape == reference.tokens.shape
+        else 0.0
+        for text in own
+    ]
+    note = f"{same[0]:.0%} of the tokens are the reference's with cache, {same[1]:.0%} without"
     if excused:
         note += f"; {excused} texts part where a change of {limit:.1e} decides"
     return checks.counted(CHECK, name, len(where), compared, "texts that part", note, where)
-
-
-def _alike(one: Written, other: Written) -> bool:
-    return one.tokens.shape == other.tokens.shape
