@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ from lora_export.exporters._onnx_layers import LEAST_FEATURES
 from lora_export.records import MERGED, PLAIN, Array, Artifact, Form, Fusion
 from lora_export.stages import Subject
 
-# By what should be one operation: the operations that it may be.
-OPERATIONS = {
-    "LayerNorm": ("LayerNormalization", "SkipLayerNormalization", "EmbedLayerNormalization"),
-    "GELU": ("Gelu", "FastGelu", "BiasGelu"),
-    "linear layers with a bias": ("Gemm", "FusedGemm"),
-    "linear layers in eight bits": (
-        "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm", "QLinearMatMul",
-    ),
-    "linear layers in four bits": ("MatMulNBits",),
+# By format, and what should be one operation there: the operations that it may be.
+OPERATIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "onnx": {
+        "LayerNorm": ("LayerNormalization", "SkipLayerNormalization", "EmbedLayerNormalization"),
+        "GELU": ("Gelu", "FastGelu", "BiasGelu"),
+        "linear layers with a bias": ("Gemm", "FusedGemm"),
+        "linear layers in eight bits": (
+            "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm",
+            "QLinearMatMul",
+        ),
+        "linear layers in four bits": ("MatMulNBits",),
+    },
+    "openvino": {"linear layers in eight bits": ("FullyConnected in i8",)},
 }  # fmt: skip
 # Activations that compute GELU in one step, by erf or by tanh; others write it out.
 _GELUS = ("GELU", "GELUActivation", "GELUTanh", "PytorchGELUTanh")
@@ -39,18 +43,18 @@ def fusions(
     tell what they run, of a graph with the tokenizer inside, or of half precision, which runtimes
     widen as they like.
     """
-    running = getattr(exporters.load(artifact.format), "running", None)
-    if running is None or artifact.takes_text or artifact.precision == "fp16":
+    known = OPERATIONS.get(artifact.format, {})
+    if not known or artifact.takes_text or artifact.precision in ("fp16", "bf16"):
         return ()
-    counts = running(folder / artifact.files[0].name)
     kept = json.loads(artifact.facts["metadata"].get(KEPT, "[]"))
-    expected = dict.fromkeys(OPERATIONS, 0)
+    expected = dict.fromkeys(known, 0)
     for path, (module, calls) in _calls(subject).items():
-        if what := _one_of(path, module, form, kept):
+        if (what := _one_of(path, module, form, kept)) in known:
             expected[what] += calls
+    counts = exporters.load(artifact.format).running(folder / artifact.files[0].name)
     found = []
     for what, count in expected.items():
-        names = {k: n for k, n in counts.items() if k.rpartition(":")[2] in OPERATIONS[what]}
+        names = {kind: n for kind, n in counts.items() if kind.rpartition(":")[2] in known[what]}
         note = ", ".join(f"{n} {kind}" for kind, n in sorted(names.items()))
         if count:
             found.append(Fusion(artifact.format, what, count, sum(names.values()), note))
@@ -58,7 +62,7 @@ def fusions(
 
 
 def _one_of(path: str, module: nn.Module, form: Form, kept: list[str]) -> str:
-    """Return which of `OPERATIONS` should be found for a module; nothing where none is sure."""
+    """Return which of the `OPERATIONS` should be found for a module; nothing where none is sure."""
     if isinstance(module, nn.LayerNorm):
         return "LayerNorm"
     if type(module).__name__ in _GELUS:
@@ -84,7 +88,7 @@ def _calls(subject: Subject) -> dict[str, tuple[nn.Module, int]]:
     """Return each module of the merged model, and how many of its calls a graph has to have.
 
     Calls with the same input are one, and a call whose input never changes is none, for its result
-    is a constant. A linear layer that gives an output of the model keeps the shape that this has.
+    is a constant. A layer with a bias that gives an output of the model keeps the shape of that.
     A decoder beside an encoder is traced with calls that are dropped, so each module counts once.
     """
     signature, runner = subject.signature, subject.runner(MERGED)
@@ -107,7 +111,7 @@ def _calls(subject: Subject) -> dict[str, tuple[nn.Module, int]]:
 def _heard(model: nn.Module) -> Iterator[dict[str, list[tuple[str, str]]]]:
     """Collect a digest of the input of every call of the modules of `model`.
 
-    Beside it stands that of the output, of linear layers over several axes of tokens.
+    Beside it stands that of the output, of linear layers with a bias over several axes of tokens.
     """
     heard: dict[str, list[tuple[str, str]]] = {}
     hooks = []
@@ -118,7 +122,7 @@ def _heard(model: nn.Module) -> Iterator[dict[str, list[tuple[str, str]]]]:
             of: nn.Module, args: Any, output: Any, calls: list[tuple[str, str]] = calls
         ) -> None:
             if args and isinstance(args[0], Tensor):
-                shaped = _width(of) and output.ndim > 2
+                shaped = _width(of) and of.bias is not None and output.ndim > 2
                 calls.append((_digest(args[0]), _digest(output) if shaped else ""))
 
         hooks.append(module.register_forward_hook(hear))

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 
+import live_made
+import on_disk
 import pytest
 
 from lora_export import claims, merged_files, opening, stages
@@ -145,3 +147,12 @@ def test_metadata_that_is_gone_is_named(made):
     silent = dataclasses.replace(artifact, facts={"metadata": {}})
     found = wrong(claims.of_artifact(silent, about, folder / "merged", folder / "out"))
     assert set(found) == {*about, "lora_export.precision"}
+
+
+@pytest.mark.parametrize("case", live_made.CASES)
+def test_of_every_kind_of_adapter_what_a_merge_wrote_is_so(bases, tmp_path, case):
+    family, tensors, config = live_made.CASES[case]
+    place = on_disk.peft_folder(tmp_path / "adapter", tensors, **config)
+    job = opening.open_job(place, str(bases(family)))
+    merged_files.merge_stage(job, tmp_path / "merged")
+    assert wrong(claims.of_merged(job, tmp_path / "merged")) == []

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import families
@@ -22,13 +23,13 @@ def subject_of(family):
 
 @pytest.fixture
 def exported(tmp_path, monkeypatch):
-    """`exported(subject, **form)`: the ONNX file of a model that lies in no folder."""
+    """`exported(subject, name="onnx", **form)`: an artifact of a model that lies in no folder."""
 
-    def export(subject, **form):
+    def export(subject, name="onnx", **form):
         grid = inputs.grid_batches(subject.signature, 1)
         monkeypatch.setattr(stages, "_processor_to", lambda target, source: ())
         monkeypatch.setattr(stages, "calibration", lambda *_: [b.arrays for b in grid[3:6]])
-        return stages.export_stage("onnx", subject, tmp_path, form=Form(**form))
+        return stages.export_stage(name, subject, tmp_path, form=Form(**form))
 
     return export
 
@@ -127,3 +128,19 @@ def test_every_layer_but_those_that_were_kept_is_narrow(exported, tmp_path, form
     missing = fusing.fusions(subject, pretended, tmp_path, Form(**form))
     assert counts(missing)[what] == (expected, 0)
     assert judged(missing).status is Status.FAIL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_layers_that_were_kept_wider_are_not_expected(exported, tmp_path, name):
+    """Of the eight layers and the head, three were kept."""
+    if name == "openvino":
+        pytest.importorskip("openvino")
+    subject = subject_of("gpt2")
+    narrow = exported(subject, name, precision="int8")
+    kept = json.loads(narrow.facts["metadata"]["lora_export.kept_wider"])
+    asked = fusing.fusions(subject, narrow, tmp_path, Form("int8"))
+    assert counts(asked)["linear layers in eight bits"] == (9 - len(kept), 9 - len(kept))
+    assert 0 < len(kept) < 9
+    silent = dataclasses.replace(narrow, facts={"metadata": {}})  # does not say which were kept
+    assert not judged(fusing.fusions(subject, silent, tmp_path, Form("int8"))).passed

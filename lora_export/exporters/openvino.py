@@ -101,6 +101,17 @@ def open_runner(path: Path, threads: int) -> OpenvinoRunner:
     return OpenvinoRunner(path, threads, "f32" if said == f'"{registry.FULL}"' else "bf16")
 
 
+def running(path: Path) -> Mapping[str, int]:
+    """Return how often each operation is in the graph as OpenVINO runs it, integers told apart."""
+    graph = open_runner(path, 2).module.get_runtime_model()
+    found: Counter[str] = Counter()
+    for node in graph.get_ordered_ops():
+        told = node.get_rt_info()
+        kind, precision = (told[key].astype(str) for key in ("layerType", "runtimePrecision"))
+        found[kind if "f" in precision else f"{kind} in {precision}"] += 1
+    return found
+
+
 def _name_by_place(graph: Any) -> None:
     """Name nodes without a name after their place; OpenVINO counts through the whole process."""
     for place, node in enumerate(graph.get_ordered_ops()):
