@@ -16,7 +16,7 @@ from hand_made import (
 )
 
 from lora_export.checks import batch_invariant
-from lora_export.records import MERGED, Alone, Status
+from lora_export.records import MERGED, REFERENCE, Alone, Status
 
 
 def judged(found):
@@ -107,3 +107,22 @@ def test_reduced_precision_that_costs_nothing_may_not_change():
     same = alone(["onnx"], {"onnx": recording("onnx", exact)})
     assert judged(dataclasses.replace(found, alone=same))["onnx"].passed
     assert not judged(dataclasses.replace(found, alone=changed(NOISE)))["onnx"].passed
+
+
+def test_a_model_that_depends_on_the_others_itself_is_held_to_its_answers_alone():
+    """The reference gives the second sentence another answer alone, and so does the artifact."""
+
+    def alone_in(by, runner):
+        return tuple(row for row in changed(by, runner) if row.runner == runner)
+
+    exact = alone([REFERENCE])
+    moved_on = dataclasses.replace(
+        exact[0], outputs={"logits": exact[0].outputs["logits"] + 2 * LIMIT}
+    )
+    rows = (moved_on, exact[1], *alone_in(2 * LIMIT, MERGED), *alone_in(4 * LIMIT, "onnx"))
+    found = judged(evidence(alone=rows))
+    assert found[MERGED].passed
+    assert "1 as the reference answers them alone" in found[MERGED].note
+    assert (found["onnx"].status, found["onnx"].where) == (Status.FAIL, (repr(TEXTS[1]),))
+    right = (exact[0], *rows[1:])  # the reference does not depend on the others
+    assert not judged(evidence(alone=right))[MERGED].passed
