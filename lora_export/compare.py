@@ -210,13 +210,13 @@ def noise_floor(evidence: Evidence, only: str | None = None) -> Distance:
 def tolerance(evidence: Evidence, output: str | None = None) -> float:
     """Return how far an output may lie from the reference.
 
-    NaN, which nothing lies within, where the noise floor cannot be told.
+    Not at all where the noise floor cannot be told.
     """
     policy = evidence.policy
     if policy.tolerance is not None:
         return policy.tolerance
     floor = noise_floor(evidence, output)
-    return float("nan") if floor.defect else policy.multiple * floor.largest
+    return 0.0 if floor.defect else policy.multiple * floor.largest
 
 
 def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:
