@@ -23,6 +23,8 @@ _OF_SENTENCES = (
     SENTENCE_MODULES, "config_sentence_transformers.json", "sentence_bert_config.json",
     "1_Pooling/config.json",
 )  # fmt: skip
+# Fields of tokenizer_config.json that tell where it once was loaded from.
+OF_THEIR_PLACE = ("name_or_path", "tokenizer_file", "special_tokens_map_file")
 _LOADED = (".safetensors", ".bin", ".json", ".py", ".model")
 
 
@@ -65,7 +67,7 @@ def copy(source: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     if source.name == "tokenizer_config.json":
         fields = storage.read_json(source)
-        for name in ("name_or_path", "tokenizer_file", "special_tokens_map_file"):
+        for name in OF_THEIR_PLACE:
             fields.pop(name, None)
         storage.write_json(target, fields)
     else:

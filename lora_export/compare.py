@@ -4,6 +4,7 @@ Comparisons are written so that NaN fails; names, shapes and finiteness come bef
 """
 
 from collections.abc import Mapping
+from statistics import NormalDist
 
 import numpy as np
 
@@ -214,11 +215,13 @@ def tolerance(evidence: Evidence, only: str | None = None) -> float:
     The multiple of the noise floor that the policy states, or what it states instead. Another
     kernel, or another order of summation, sums the same products to another rounding of the same
     size as the unmerged model's own; a wrong scale, a dropped bias or a fused mask is 1e3 and more.
+    Nothing is tolerated where the noise floor cannot be told.
     """
-    stated = evidence.policy.tolerance
-    return (
-        evidence.policy.multiple * noise_floor(evidence, only).largest if stated is None else stated
-    )
+    policy = evidence.policy
+    if policy.tolerance is not None:
+        return policy.tolerance
+    floor = noise_floor(evidence, only)
+    return 0.0 if floor.defect else policy.multiple * floor.largest
 
 
 def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:
@@ -228,12 +231,59 @@ def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:
     return paired
 
 
+def hits(recording: Recording, evidence: Evidence) -> Array | None:
+    """Return for each labelled row whether `recording` chooses its label, boolean, (rows,).
+
+    None where no row has a label, or the model does not choose one class for each row. An answer
+    that is no number is wrong.
+    """
+    if len(recording.outputs) != len(evidence.batches):
+        return None
+    found = []
+    for batch, outputs in zip(evidence.batches, recording.outputs, strict=True):
+        if batch.labels:
+            scores = [outputs[name] for name in deciding(outputs)][:1]
+            if not scores or scores[0].shape[:-1] != (len(batch.labels),):
+                return None
+            right = scores[0].argmax(-1) == np.asarray(batch.labels)
+            found.append(right & np.isfinite(scores[0]).all(axis=-1))
+    return np.concatenate(found) if found else None
+
+
+def share_interval(count: int, of: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of which `count` of `of` were seen.
+
+    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927,
+    doi:10.1080/01621459.1927.10502953.
+    """
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share, scale = count / of, 1 + z * z / of
+    half = z * np.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2) / scale
+    centre = (share + z * z / (2 * of)) / scale
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def mean_interval(values: Array, seed: int = 0) -> tuple[float, float, float]:
+    """Return the mean of `values`, of which few differ, and its 95 % bootstrap interval.
+
+    Source: as for `median_interval`. What is drawn is how often each distinct value comes.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    dice = np.random.default_rng(seed)
+    drawn = dice.multinomial(len(values), counts / len(values), BOOTSTRAP_SAMPLES) @ distinct
+    return float(values.mean()), *_middle(drawn / len(values))
+
+
 def median_interval(values: Array, seed: int = 0) -> tuple[float, float, float]:
     """Return the median of `values` and its 95 % bootstrap percentile interval.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
     """
     draws = np.random.default_rng(seed).choice(values, (BOOTSTRAP_SAMPLES, len(values)))
+    return float(np.median(values)), *_middle(np.median(draws, axis=1))
+
+
+def _middle(draws: Array) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.median(draws, axis=1), [tail, 1 - tail])
-    return float(np.median(values)), float(low), float(high)
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)

@@ -37,6 +37,7 @@ def generate(
     max_new_tokens: int = 20,
     end: Iterable[int] = (),
     sampling: Sampling | None = None,
+    cached: bool = True,
 ) -> Array:
     """Return the new tokens of every row, int64, (batch, at most `max_new_tokens`).
 
@@ -48,6 +49,7 @@ def generate(
         max_new_tokens: Where to stop.
         end: Tokens that end a row, which is padded from there on.
         sampling: How to draw; None takes the likeliest token.
+        cached: Whether each call takes the cache of the one before; else all of the text goes in.
 
     Raises:
         InputError: the artifact has no cache, or a row of a decoder's prompt ends in padding.
@@ -66,7 +68,8 @@ def generate(
         token = np.where(ended, signature.pad_token_id, choose(found["logits"][:, -1]))
         written.append(token)
         ended |= np.isin(token, stops)
-        arrays = _next(signature, arrays, found, token)
+        step = _next if cached else _again
+        arrays = step(signature, arrays, found, token)
     return np.stack(written, axis=1)
 
 
@@ -104,6 +107,19 @@ def _next(
         if name.startswith(f"{PRESENT}.")
     }
     return told | caches
+
+
+def _again(
+    signature: Signature, arrays: dict[str, Array], _: dict[str, Array], token: Array
+) -> dict[str, Array]:
+    """Return the inputs of the next call without a cache: those of this one, and the last token."""
+    longer = dict(arrays)
+    name = "decoder_input_ids" if signature.has_target else "input_ids"
+    longer[name] = np.concatenate([arrays[name], token[:, None]], axis=1)
+    if not signature.has_target:
+        mask = arrays["attention_mask"]
+        longer["attention_mask"] = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+    return longer
 
 
 def _likeliest(logits: Array) -> Array:

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_export.errors import InputError
-from lora_export.records import Array, Batch, Signature
+from lora_export.records import Array, Batch, Signature, TensorSpec
 
 TEXT_BATCH = 16
 CHOICES = 2  # sentences that make up one text of a multiple-choice model
@@ -256,6 +256,44 @@ def _odd_batches(signature: Signature, seed: int, special: Sequence[int]) -> Ite
             counts = arrays["attention_mask"] == 1
             arrays["input_ids"] = np.where(counts, row, signature.pad_token_id)
             yield Batch("grid", f"{note}, batch {batch}, length {size}, padding {padding}", arrays)
+
+
+def alone(batch: Batch, row: int, signature: Signature) -> Batch:
+    """Return one row of `batch` without the others, and without the padding that it has for them.
+
+    Padding goes from the right; from the left where positions follow the mask, as in a decoder
+    with its cache. Beside cached tokens it stays, because the cache has it too.
+    """
+    return replace(
+        batch,
+        note=f"{batch.note}, row {row + 1}",
+        arrays=of_row(batch, row, batch.arrays, signature.inputs, signature),
+        texts=batch.texts[row : row + 1],
+        labels=batch.labels[row : row + 1],
+    )
+
+
+def of_row(
+    batch: Batch,
+    row: int,
+    arrays: Mapping[str, Array],
+    specs: Iterable[TensorSpec],
+    signature: Signature,
+) -> dict[str, Array]:
+    """Return what one row of `batch` has in `arrays`, its inputs or outputs, cut as by `alone`."""
+    window = slice(None)
+    if "attention_mask" in batch.arrays and not signature.sizes(batch.arrays).get("past"):
+        places = np.flatnonzero(batch.mask[row].reshape(-1, batch.mask.shape[-1]).any(axis=0))
+        from_left = signature.has_cache and not signature.has_target
+        if places.size:  # or the row is nothing but padding
+            window = slice(places[0] if from_left else 0, places[-1] + 1)
+    cuts = {"batch": slice(row, row + 1), "sequence": window, "total": window}
+    axes = {spec.name: spec.axes for spec in specs}
+    return {
+        name: array[tuple(cuts.get(str(axis), slice(None)) for axis in axes[name])[: array.ndim]]
+        for name, array in arrays.items()
+        if name in axes
+    }
 
 
 def example(signature: Signature) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from lora_export.compare import hits
 from lora_export.records import Evidence, Measurement
 
 
@@ -29,18 +30,11 @@ def _latencies(evidence: Evidence) -> list[Measurement]:
 
 def _accuracies(evidence: Evidence) -> list[Measurement]:
     """Return the share of labelled sentences that each recording classifies rightly."""
-    labelled = [i for i, batch in enumerate(evidence.batches) if batch.labels]
-    labels = [label for i in labelled for label in evidence.batches[i].labels]
     found = []
     for name, recording in evidence.recordings.items():
-        if not labelled or len(recording.outputs) != len(evidence.batches):
-            continue
-        outputs = [next(iter(recording.outputs[i].values())) for i in labelled]
-        if any(output.ndim != 2 or output.shape[1] < 2 for output in outputs):
-            continue
-        guesses = np.concatenate([output.argmax(-1) for output in outputs])
-        share = float((guesses == np.asarray(labels)).mean())
-        found.append(Measurement("accuracy", name, share, "share", len(labels)))
+        right = hits(recording, evidence)
+        if right is not None:
+            found.append(Measurement("accuracy", name, float(right.mean()), "share", len(right)))
     return found
 
 

@@ -4,14 +4,25 @@ What is held against what never depends on the side that is under proof: inputs,
 tokenizer are those of the unmerged model, built from base and adapter alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lora_export import inputs, loading, models, placing, stages, timing
+from lora_export import (
+    claims,
+    exporters,
+    fusing,
+    inputs,
+    loading,
+    models,
+    observing,
+    placing,
+    stages,
+    timing,
+)
 from lora_export.calling import interface_of
 from lora_export.errors import InputError, LoraExportError, first_line
 from lora_export.judging import Say, silent
@@ -20,16 +31,21 @@ from lora_export.opening import Job
 from lora_export.recording import record
 from lora_export.records import (
     MERGED,
+    REFERENCE,
     UNMERGED,
     Account,
+    Alone,
     Artifact,
     Batch,
+    Claim,
     Evidence,
+    Fusion,
     Placement,
     Policy,
     Recording,
-    Timing,
+    Repeat,
     WeightAudit,
+    Written,
 )
 from lora_export.runners import Runner
 from lora_export.stages import Subject
@@ -62,6 +78,8 @@ class Truth:
     asked: Asked
     batches: tuple[Batch, ...]
     recordings: Mapping[str, Recording]  # of the reference, the unmerged model, and without updates
+    alone: tuple[Alone, ...]  # of the reference
+    written: tuple[Written, ...]
 
 
 @dataclass(frozen=True)
@@ -96,15 +114,19 @@ def truth_of(job: Job, unmerged: nn.Module, asked: Asked, *, cache: bool = True)
         raise InputError(f"the unmerged model does not run: {max(errors)}")
     # What it refuses itself is no shape to hold others to.
     kept = [place for place, error in enumerate(errors) if not error]
+    batches = tuple(batches[place] for place in kept)
+    reference = subject.runner(REFERENCE, stages.exact(unmerged))
     return Truth(
         job,
         subject,
         asked,
-        tuple(batches[place] for place in kept),
+        batches,
         {
             name: replace(one, outputs=tuple(one.outputs[place] for place in kept), errors=())
             for name, one in recordings.items()
         },
+        observing.alone(reference, batches, subject.signature),
+        _written(reference, subject, asked, batches, (True,)),
     )
 
 
@@ -132,40 +154,88 @@ def observe(truth: Truth, made: Made, *, threads: int, say: Say = silent) -> Evi
         name: stages.open_runner(name, place, threads) for name, place in made.places.items()
     }
     subject, fault = _merged_subject(truth, made)
-    recordings = {**truth.recordings, MERGED: _silence(MERGED, fault, truth.batches)}
-    if subject is not None:
-        recordings[MERGED] = record(subject.runner(MERGED), truth.batches)
-    recordings |= {name: record(runner, truth.batches) for name, runner in runners.items()}
-    held = () if subject is None else _held(subject, made, say)
     timed: dict[str, Runner] = {UNMERGED: truth.subject.runner(UNMERGED)}
-    if subject is not None:
-        timed[MERGED] = subject.runner(MERGED)
-    timed |= runners
-    sound = {name: runner for name, runner in timed.items() if not recordings[name].errors}
-    timings: tuple[Timing, ...] = ()
-    if not truth.asked.quick and UNMERGED in sound:
-        say("timing")
-        timings = timing.measure(
-            sound, truth.subject.signature, threads=threads, seed=truth.asked.seed
-        )
-    return Evidence(
+    recordings = {**truth.recordings, MERGED: _silence(MERGED, fault, truth.batches)}
+    judged = ({} if subject is None else {MERGED: subject.runner(MERGED)}) | runners
+    recordings |= {name: record(runner, truth.batches) for name, runner in judged.items()}
+    sound = {name: runner for name, runner in judged.items() if not recordings[name].errors}
+    signature = truth.subject.signature
+    evidence = Evidence(
         account=made.account,
         weights=made.weights,
         modules=None if subject is None else loading.modules_of(subject.model),
-        signature=truth.subject.signature,
+        signature=signature,
         artifacts=tuple(made.artifacts.values()),
         batches=truth.batches,
         recordings=recordings,
-        timings=timings,
         policy=truth.asked.policy,
-        placements=held,
-        runtimes=stages.settings_of(timed.values(), threads),
+        runtimes=stages.settings_of((timed | judged).values(), threads),
+        claims=_claims(subject, made, truth.job),
+        alone=truth.alone
+        + tuple(a for r in sound.values() for a in observing.alone(r, truth.batches, signature)),
+        written=truth.written
+        + tuple(
+            text
+            for runner in sound.values()
+            for text in _written(runner, truth.subject, truth.asked, truth.batches, (True, False))
+        ),
+    )
+    if subject is not None:
+        evidence = _looked_inside(evidence, subject, made, truth.asked, say)
+    if truth.asked.quick:
+        return evidence
+    say("timing")
+    timings = timing.measure(timed | sound, signature, threads=threads, seed=truth.asked.seed)
+    return replace(evidence, timings=timings)
+
+
+def _written(
+    runner: Runner, subject: Subject, asked: Asked, batches: Sequence[Batch], ways: Iterable[bool]
+) -> tuple[Written, ...]:
+    """Return what `runner` writes, with the cache and without, where the model does."""
+    if asked.quick or not subject.signature.has_cache:
+        return ()
+    signature = subject.signature
+    try:
+        return tuple(
+            observing.written(runner, signature, batches, cached=cached) for cached in ways
+        )
+    except Exception:  # runtimes raise as it comes; nothing written is no pass
+        return ()
+
+
+def _claims(subject: Subject | None, made: Made, job: Job) -> tuple[Claim, ...]:
+    found = claims.of_merged(job, made.folder)
+    if subject is None:
+        return found
+    about = stages.about(subject)
+    return found + tuple(
+        claim
+        for name, artifact in made.artifacts.items()
+        for claim in claims.of_artifact(artifact, about, made.folder, made.places[name].parent)
     )
 
 
-def _held(subject: Subject, made: Made, say: Say) -> tuple[Placement, ...]:
-    """Return where the artifacts have the tensors of the merged model."""
+def _looked_inside(
+    evidence: Evidence, subject: Subject, made: Made, asked: Asked, say: Say
+) -> Evidence:
+    """Return `evidence` with what stands inside the artifacts, and what a second export gives."""
     say("looking at the tensors inside")
+    placements = _held(subject, made)
+    fusions: list[Fusion] = []
+    repeats: list[Repeat] = []
+    for name, artifact in made.artifacts.items() if not asked.quick else ():
+        if (form := exporters.form_of(artifact)) is None:
+            continue
+        folder = made.places[name].parent
+        fusions += fusing.fusions(subject, artifact, folder, form)
+        say(f"exporting {name} once more")
+        repeats.append(observing.repeat(subject, artifact, folder, form))
+    return replace(evidence, placements=placements, fusions=tuple(fusions), repeats=tuple(repeats))
+
+
+def _held(subject: Subject, made: Made) -> tuple[Placement, ...]:
+    """Return where the artifacts have the tensors of the merged model."""
     return tuple(
         placement
         for name, artifact in made.artifacts.items()

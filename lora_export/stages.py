@@ -124,6 +124,8 @@ def export_stage(
     with models.quiet():
         model = subject.interface.bind(subject.model)
         known = about(subject) | {registry.PRECISION: json.dumps(form.precision)}
+        if more := form.asked | ({exporters.CALIBRATION: True} if examples else {}):
+            known[exporters.FORM] = json.dumps(more, sort_keys=True)
         runs = calibration(subject, examples) if form.precision in registry.CALIBRATED else ()
         exporter.export(
             exporters.Request(

@@ -7,22 +7,26 @@ import dataclasses
 
 import numpy as np
 
-from lora_export import checks, judging, storage
+from lora_export import checks, judging, registry, storage
 from lora_export.records import (
     IDLE,
     MERGED,
     REFERENCE,
     UNMERGED,
     Account,
+    Alone,
     Artifact,
     Batch,
     Certificate,
+    Claim,
     Evidence,
     FileDigest,
+    Fusion,
     Measurement,
     Modules,
     Placement,
     Recording,
+    Repeat,
     Reply,
     Signature,
     Status,
@@ -30,6 +34,7 @@ from lora_export.records import (
     Timing,
     Verdict,
     WeightAudit,
+    Written,
 )
 
 NOISE = 2.0**-20  # how far the unmerged model lies from the reference: the noise floor
@@ -70,7 +75,7 @@ def artifact(name="onnx", **changes):
         files=(FileDigest("model.onnx", 2_000_000, "sha256:bb"),),
         inputs=signature().inputs,
         outputs=signature().outputs,
-        facts={"opset": 20, "metadata": {"labels": ["negative", "positive"]}},
+        facts={"opset": 20, "metadata": {registry.PRECISION: '"fp32"'}},
         lora_names=(),
         leaked_paths=(),
     )
@@ -128,6 +133,56 @@ def placement(tensor="layer.0.query.weight", **changes):
     return dataclasses.replace(made, **changes)
 
 
+def alone(runners=(MERGED, "onnx"), answers=None):
+    """What they answer to the second sentence, and to the second row of the grid, each alone."""
+    known = recordings() if answers is None else answers
+    return tuple(
+        Alone(runner, batch, 1, {"logits": known[runner].outputs[batch]["logits"][1:2]})
+        for runner in runners
+        for batch in (0, 1)
+    )
+
+
+def repeat(name="onnx", **changes):
+    """A second export that gave the same."""
+    files, operators = artifact(name).files, {"Gemm": 4, "Add": 2}
+    made = Repeat(name, files, files, (), operators, operators)
+    return dataclasses.replace(made, **changes)
+
+
+def claims(**found):
+    """What the merged model and the artifact say, and `found` what the latter says otherwise."""
+    labels, digest = '["negative", "positive"]', "aa"
+    said = {"labels": labels, "tokenizer.json": digest}
+    return tuple(
+        Claim(subject, name, value, found.get(name, value) if subject == "onnx" else value)
+        for subject in (MERGED, "onnx")
+        for name, value in said.items()
+    )
+
+
+FUSIONS = (
+    Fusion("onnx", "LayerNorm", 5, 5, "5 LayerNormalization"),
+    Fusion("onnx", "GELU", 2, 3, "3 Gelu"),
+)
+
+
+TOKENS = np.array([[5, 7, 9, 7], [8, 8, 6, 5]])
+
+
+def writing(**changes):
+    """Evidence of a decoder with a cache of one layer, and of what was written with it."""
+    of = TensorSpec("past_key_values.0.key", "float32", ("batch", 2, "past", 4))
+    known = signature(inputs=(*signature().inputs, of))
+    texts = tuple(
+        Written(name, cached, TOKENS, np.full(TOKENS.shape, 1.0))
+        for name in (REFERENCE, MERGED, "onnx")
+        for cached in (True, False)
+    )
+    own = artifact(inputs=known.inputs)
+    return evidence(**{"signature": known, "artifacts": (own,), "written": texts, **changes})
+
+
 def account(**changes):
     """Two modules merged, a head placed, and every base tensor where it belongs."""
     made = Account(
@@ -158,6 +213,10 @@ def evidence(**changes):
         files=FILES,
         files_now=FILES,
         placements=(placement(), placement("classifier.bias", elements=2)),
+        alone=alone(),
+        fusions=FUSIONS,
+        claims=claims(),
+        repeats=(repeat(),),
     )
     return dataclasses.replace(made, **changes)
 

@@ -19,7 +19,6 @@ def test_an_artifact_that_decides_as_the_reference_does_passes():
     assert {subject: (v.status, v.compared) for subject, v in found.items()} == {
         "onnx, decisions": (Status.PASS, 3),
         "onnx, probabilities": (Status.PASS, 3),
-        "onnx, accuracy": (Status.PASS, 3),
     }
 
 
@@ -66,18 +65,6 @@ def test_probabilities_that_drift_fail_without_a_flip():
     verdict = judged(moved(reduced(), "onnx", 0, (1, 1), 2.0))["onnx, probabilities"]
     assert verdict.status is Status.FAIL
     assert verdict.measured > fidelity.MOST_DIVERGENCE
-
-
-def test_accuracy_that_is_lost_fails():
-    verdict = judged(moved(reduced(), "onnx", 0, (1, 1), FLIP))["onnx, accuracy"]
-    assert (verdict.status, verdict.compared) == (Status.FAIL, 3)
-    assert "accuracy 0.6667, the reference's 1.0000" in verdict.note
-
-
-def test_without_labels_there_is_no_accuracy():
-    found = reduced()
-    bare = tuple(dataclasses.replace(batch, labels=()) for batch in found.batches)
-    assert "onnx, accuracy" not in judged(dataclasses.replace(found, batches=bare))
 
 
 def _embedding():

@@ -1,4 +1,4 @@
-from hand_made import artifact, evidence
+from hand_made import artifact, evidence, repeat
 
 from lora_export.checks import plain
 from lora_export.records import Modules, Status
@@ -7,12 +7,12 @@ TREE = {"": "Classifier", "layer.0.query": "Linear"}
 
 
 def _merged(found, lora_names=()):
-    merged, _ = plain.judge(evidence(modules=Modules(TREE, found, lora_names)))
+    merged, *_ = plain.judge(evidence(modules=Modules(TREE, found, lora_names)))
     return merged
 
 
 def _artifact(**changes):
-    (_, verdict) = plain.judge(evidence(artifacts=(artifact(**changes),)))
+    (_, verdict, _) = plain.judge(evidence(artifacts=(artifact(**changes),)))
     return verdict
 
 
@@ -46,7 +46,7 @@ def test_a_parameter_named_after_lora_fails():
 
 
 def test_a_model_without_modules_fails():
-    (verdict, _) = plain.judge(evidence(modules=Modules({}, {}, ())))
+    (verdict, *_) = plain.judge(evidence(modules=Modules({}, {}, ())))
     assert verdict.status is Status.FAIL
 
 
@@ -65,5 +65,27 @@ def test_an_artifact_without_files_fails():
 
 
 def test_nothing_recorded_is_not_run():
-    found = plain.judge(evidence(modules=None, artifacts=()))
+    found = plain.judge(evidence(modules=None, artifacts=(), repeats=()))
     assert [v.status for v in found] == [Status.NOT_RUN]
+
+
+def _operators(**changes):
+    (*_, verdict) = plain.judge(evidence(repeats=(repeat(**changes),)))
+    return verdict
+
+
+def test_the_operators_of_a_plain_export_pass():
+    verdict = _operators()
+    assert (verdict.subject, verdict.status, verdict.compared) == (
+        "onnx, operators", Status.PASS, 6,
+    )  # fmt: skip
+
+
+def test_operators_that_a_plain_export_lacks_fail():
+    verdict = _operators(operators={"Gemm": 4, "Add": 3, "MatMul": 2})
+    assert verdict.status is Status.FAIL
+    assert verdict.where == ("2 MatMul, expected 0", "3 Add, expected 2")
+
+
+def test_of_compiled_code_no_operators_are_known():
+    assert len(plain.judge(evidence(repeats=(repeat(operators={}),)))) == 2

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lora_export import compare
-from lora_export.records import REFERENCE, UNMERGED
+from lora_export.records import REFERENCE, UNMERGED, Policy
 
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False, width=32)
 ANSWERS = st.tuples(*(hnp.arrays(np.float32, logits.shape, elements=NUMBERS) for logits in LOGITS))
@@ -216,3 +216,57 @@ def test_a_value_that_is_no_number_leaves_no_interval():
     values = _sample(0.1)
     values[0] = np.nan
     assert all(np.isnan(compare.median_interval(values)))
+
+
+# ---------------------------------------------------------------- shares and means
+
+
+@pytest.mark.parametrize(("count", "of"), [(2, 3), (0, 7), (7, 7), (870, 872), (436, 872)])
+def test_the_interval_of_a_share_ends_where_the_score_test_would_reject(count, of):
+    """Wilson's ends solve |found - p| = z * sqrt(p * (1 - p) / of) for p."""
+    for end in compare.share_interval(count, of):
+        reached = 1.959963985 * np.sqrt(end * (1 - end) / of)
+        assert abs(count / of - end) == pytest.approx(reached, abs=1e-8)
+    low, high = compare.share_interval(count, of)
+    assert 0 <= low <= count / of <= high <= 1
+
+
+def test_the_interval_of_a_mean_is_that_of_drawing_every_value_again():
+    values = np.random.default_rng(0).choice([-1, 0, 1], 200, p=[0.05, 0.85, 0.1])
+    mean, low, high = compare.mean_interval(values)
+    drawn = np.random.default_rng(1).choice(values, (4000, 200)).mean(axis=1)
+    assert mean == values.mean()
+    assert [low, high] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.006)
+
+
+def test_what_never_differs_has_an_interval_of_no_width():
+    assert compare.mean_interval(np.zeros(30, int)) == (0.0, 0.0, 0.0)
+
+
+# ---------------------------------------------------------------- tolerance
+
+
+def test_the_tolerance_is_the_policys_multiple_of_the_noise_floor():
+    assert compare.tolerance(evidence(), "logits") == 8 * NOISE
+    assert compare.tolerance(evidence(policy=Policy(multiple=2.0))) == 2 * NOISE
+    assert compare.tolerance(evidence(policy=Policy(tolerance=0.25))) == 0.25
+
+
+def test_there_is_no_tolerance_where_the_floor_is_broken():
+    found = moved(evidence(), UNMERGED, 0, (0, 0), np.nan)
+    assert compare.tolerance(found, "logits") == 0
+
+
+# ---------------------------------------------------------------- labels
+
+
+def test_a_hit_is_a_label_that_was_chosen():
+    found = evidence()
+    own = found.recordings[REFERENCE]
+    np.testing.assert_array_equal(compare.hits(own, found), [True, True, True])
+    broken = moved(found, REFERENCE, 0, (1, 0), np.inf)
+    np.testing.assert_array_equal(
+        compare.hits(broken.recordings[REFERENCE], broken), [True, False, True]
+    )
+    short = dataclasses.replace(own, outputs=own.outputs[:1])
+    assert compare.hits(short, found) is None

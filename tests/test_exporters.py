@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -63,6 +64,16 @@ def test_the_answers_depend_on_the_input(subject, exported):
 
 def test_nothing_in_the_artifact_is_named_after_lora(exported):
     assert exported[1].lora_names == ()
+
+
+def test_the_operators_of_the_graph_are_counted(exported):
+    """Of compiled code there are none to count."""
+    name, artifact, _ = exported
+    assert (sum(artifact.operators.values()) > 50) == (name != "aoti")
+    linear = {"onnx": "Gemm", "torchscript": "aten::linear", "pt2": "aten.linear.default",
+              "openvino": "MatMul"}  # fmt: skip
+    if name in linear:  # two layers of six, pooler and head; OpenVINO has those of attention too
+        assert artifact.operators[linear[name]] == 14 + 4 * (name == "openvino")
 
 
 def test_no_path_of_this_machine_is_in_the_artifact(exported):
@@ -279,3 +290,30 @@ def test_the_same_model_gives_the_same_bytes_in_a_fresh_process(subject, tmp_pat
         subprocess.run(command, check=True, capture_output=True)
     contents = [storage.digest_tree(folder) for folder in folders]
     assert contents[0] == contents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx", "torchscript"])
+def test_an_encoder_decoder_gives_the_same_bytes_in_a_fresh_process(tmp_path, name):
+    """Its graph calls functions, which have another place in memory there."""
+    code = (
+        "import sys, pathlib\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import families\nfrom lora_export import calling, exporters, inputs\n"
+        "for family in sys.argv[4:]:\n"
+        "    model = families.build(family)\n"
+        "    found = calling.interface_of(model, families.tokens_of(model))\n"
+        "    signature, path = found.signature, pathlib.Path(sys.argv[3], family)\n"
+        "    exporters.load(sys.argv[2]).export(exporters.Request(\n"
+        "        found.bind(model), signature, inputs.example(signature), {}, path))\n"
+    )
+    digests = []
+    for families in (["t5", "llama"], ["llama", "t5"]):
+        folder = tmp_path / families[0]
+        folder.mkdir()
+        here = str(Path(__file__).parent)
+        command = [sys.executable, "-W", "ignore", "-c", code, here, name, str(folder), *families]
+        subprocess.run(command, check=True, capture_output=True)
+        digests.append(storage.digest_tree(folder))
+    assert len(digests[0]) == 2
+    assert digests[0] == digests[1]

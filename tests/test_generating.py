@@ -48,6 +48,17 @@ def test_an_encoder_decoder_writes_what_transformers_writes(name):
     np.testing.assert_array_equal(written, expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_without_the_cache_it_writes_the_same(name):
+    model, found = made(name)
+    ids, mask = prompts(found.signature, "left" if name == "llama" else "right")
+    runner = EagerRunner("own", found.bind(model), found.signature)
+    options = {"max_new_tokens": 6, "cached": False}
+    written = generate(runner, found.signature, ids, mask, **options)
+    expected = by_transformers(model, ids, mask, max_new_tokens=6)
+    np.testing.assert_array_equal(written, expected)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_k": 0, "top_p": 0.7}, {"seed": 5, "top_p": 0.9}],

@@ -17,8 +17,8 @@ ORDER = [
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "recording",
     "inputs", "generating", "calling", "exporters", "matching", "placing", "timing", "footprint",
     "candidates", "checks", "measurements", "codec", "report", "certificates", "comparing",
-    "judging", "replaying", "opening", "inspection", "merged_files", "stages", "proving", "tuning",
-    "pipeline", "cli", "__main__",
+    "judging", "replaying", "opening", "inspection", "merged_files", "claims", "stages", "fusing",
+    "observing", "proving", "tuning", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {

@@ -1,7 +1,7 @@
 """Does an artifact in reduced precision still decide as the reference does?
 
 Eight bits cannot be held to a rounding error of 24; what counts is what a user sees: decisions,
-their probabilities, the task metric where there are labels, and the direction of embeddings.
+their probabilities, and the direction of embeddings; and `accuracy`, where there are labels.
 """
 
 import numpy as np
@@ -21,7 +21,6 @@ from lora_export.records import PRESENT, REFERENCE, Array, Artifact, Evidence, S
 
 SCOPES = (checks.TRIAL, checks.EXPORT, checks.QUICK, checks.RUN, checks.REPLAY)
 MOST_FLIPS = 0.005  # share of decisions; half a point of accuracy at worst
-MOST_LOSS = 0.005  # of accuracy, where there are labels
 MOST_DIVERGENCE = 0.01  # nats, mean over the decisions
 MOST_TURN = 0.01  # of an embedding: one minus its cosine with the reference's
 MOST_DRIFT = 0.0025  # of values, relative to their variance: a twentieth of their spread
@@ -53,7 +52,6 @@ def _judge(artifact: Artifact, evidence: Evidence) -> list[Verdict]:
     outputs = sorted(reference.outputs[0])
     if chosen := [output for output in outputs if output in deciding(reference.outputs[0])]:
         found += _decisions(name, chosen, real, evidence)
-        found += _accuracy(name, chosen[0], real, evidence)
     else:
         for output in outputs:
             if not output.startswith(f"{PRESENT}."):
@@ -83,23 +81,6 @@ def _decisions(name: str, outputs: list[str], real: list[int], evidence: Evidenc
             "mean Kullback-Leibler divergence from the reference",
         ),
     ]  # fmt: skip
-
-
-def _accuracy(name: str, output: str, real: list[int], evidence: Evidence) -> list[Verdict]:
-    labels = [label for index in real for label in evidence.batches[index].labels]
-    if not labels:
-        return []
-    labelled = [index for index in real if evidence.batches[index].labels]
-    right = []
-    for name_of in _both(name):
-        answers = [evidence.recordings[name_of].outputs[index][output] for index in labelled]
-        if any(answer.ndim != 2 for answer in answers):
-            return []
-        guesses = np.concatenate([answer.argmax(-1) for answer in answers])
-        right.append(float((guesses == np.asarray(labels)).mean()))
-    note = f"accuracy {right[1]:.4f}, the reference's {right[0]:.4f}"
-    loss = right[0] - right[1]
-    return [_within("fidelity", f"{name}, accuracy", loss, MOST_LOSS, "share", len(labels), note)]
 
 
 def _values(name: str, output: str, real: list[int], evidence: Evidence) -> Verdict:

@@ -2,16 +2,20 @@
 
 from lora_export import checks
 from lora_export.errors import listed
-from lora_export.records import Artifact, Evidence, Modules, Verdict
+from lora_export.records import Artifact, Evidence, Modules, Repeat, Verdict
 
 SCOPES = (checks.MERGE, checks.TRIAL, checks.EXPORT, checks.QUICK, checks.RUN, checks.VERIFY)
 
 
 def judge(evidence: Evidence) -> list[Verdict]:
-    """Fail where the module tree differs from the architecture's, or a name mentions LoRA."""
+    """Fail where the module tree differs from the architecture's, or a name mentions LoRA.
+
+    And where the operators of an artifact are not those of a plain export, where there is one.
+    """
     if evidence.modules is None:
         return [checks.not_run("plain", "merged", "no module tree was recorded")]
-    return [_merged(evidence.modules), *map(_artifact, evidence.artifacts)]
+    found = [_merged(evidence.modules), *map(_artifact, evidence.artifacts)]
+    return [*found, *(_operators(repeat) for repeat in evidence.repeats if repeat.operators)]
 
 
 def _merged(modules: Modules) -> Verdict:
@@ -31,3 +35,18 @@ def _artifact(artifact: Artifact) -> Verdict:
     note = listed("names", names) if names else "no operator, module or tensor is named after LoRA"
     files = len(artifact.files)
     return checks.counted("plain", artifact.format, len(names), files, "LoRA names", note, names)
+
+
+def _operators(repeat: Repeat) -> Verdict:
+    """Judge the operators of an artifact by those of the plain model, exported a second time."""
+    found, expected = repeat.operators, repeat.operators_again
+    wrong = [
+        f"{found.get(kind, 0)} {kind}, expected {expected.get(kind, 0)}"
+        for kind in sorted(found.keys() | expected.keys())
+        if found.get(kind, 0) != expected.get(kind, 0)
+    ]
+    note = listed("operators", wrong) if wrong else "the operators are those of a plain export"
+    subject = f"{repeat.artifact}, operators"
+    return checks.counted(
+        "plain", subject, len(wrong), sum(found.values()), "kinds that differ", note, wrong
+    )

@@ -15,6 +15,8 @@ To add a format, add one file here with:
     open_runner                             from the runner of the same name, in `runners/`
     files(path) -> Iterable[Path]           optional: the files it consists of, `path` first; else
                                             `path` and `path.*`
+    running(path) -> Mapping[str, int]      optional: how often each operator is in the graph as its
+                                            runtime runs it
     require()                               optional: raises where what writes or runs it is not
                                             there on this machine
 
@@ -22,10 +24,11 @@ Everything else (staging, digests, parity, latency, verdicts) follows from these
 """
 
 import contextlib
+import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -36,6 +39,8 @@ from lora_export.records import PLAIN, Array, Artifact, Form, Signature, TensorS
 if TYPE_CHECKING:
     from torch import nn
 
+FORM = "lora_export.form"  # metadata: what was asked for beside the precision
+CALIBRATION = "calibration"  # in it: that sentences were given which are not those of the package
 _PIECE = 2**24  # bytes of an artifact that are looked through at a time
 
 
@@ -76,6 +81,7 @@ class Contents:
     outputs: tuple[TensorSpec, ...]
     names: tuple[str, ...]  # of operators, modules and tensors inside
     facts: Mapping[str, Any]  # opset, versions
+    operators: Mapping[str, int] = field(default_factory=dict)  # how often each is in the graph
 
 
 def names() -> tuple[str, ...]:
@@ -140,6 +146,15 @@ def _format_of(path: Path) -> str:
     return max(fitting, key=lambda name: len(load(name).SUFFIX), default="")
 
 
+def form_of(artifact: Artifact) -> Form | None:
+    """Return the form that `artifact` says it was asked for; None where it cannot be made again."""
+    said = artifact.facts.get("metadata", {})
+    if registry.PRECISION not in said:
+        return None  # another's
+    more = json.loads(said.get(FORM, "{}"))
+    return None if more.pop(CALIBRATION, False) else Form(artifact.precision, **more)
+
+
 def lacking(name: str) -> str:
     """Return what the format `name` lacks on this machine; nothing where all of it is there."""
     try:
@@ -161,6 +176,7 @@ def describe(name: str, path: Path) -> Artifact:
         facts=dict(contents.facts),
         lora_names=tuple(sorted(n for n in contents.names if "lora" in n.lower())),
         leaked_paths=tuple(sorted({leak for file in found for leak in _leaks(file)})),
+        operators=dict(sorted(contents.operators.items())),
     )
 
 

@@ -3,7 +3,10 @@
 import contextlib
 import json
 import logging
+import re
+import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from lora_export.exporters import (
 from lora_export.exporters._onnx_graph import Model
 from lora_export.exporters._program import traced
 from lora_export.records import Array, Signature, TensorSpec
-from lora_export.runners.onnx import DATA, refuse_other_data
+from lora_export.runners.onnx import DATA, refuse_other_data, write_as_run
 from lora_export.runners.onnx import open_runner as open_runner
 
 SUFFIX = ".onnx"
@@ -41,8 +44,10 @@ OPTIONS = {
 }
 # Opset 20 with IR version 10 runs on every onnxruntime since 1.18; opset 23 needs a recent one.
 OPSET = 20
-# Node metadata of the exporter that carries the exporting machine's paths.
+# Node metadata of the exporter that carries the exporting machine's paths, and where in memory a
+# function lay that it names.
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def export(request: Request) -> None:
@@ -128,7 +133,19 @@ def inspect(path: Path) -> Contents:
             "nodes": len(graph.node),
             "metadata": said,
         },
+        operators=_operators(graph),
     )
+
+
+def running(path: Path) -> Mapping[str, int]:
+    """Return how often each operator is in the graph as onnxruntime runs it on this machine."""
+    with tempfile.TemporaryDirectory(prefix="lora_export-") as folder:
+        write_as_run(path, target := Path(folder) / "model.onnx")
+        return _operators(onnx.load(str(target), load_external_data=False).graph)
+
+
+def _operators(graph: onnx.GraphProto) -> Counter[str]:
+    return Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in graph.node)
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Array]]:
@@ -162,12 +179,12 @@ def _tie(path: Path, data: Path) -> None:
 
 def _clean(model: Any, about: Mapping[str, str]) -> None:
     """Take out what names the exporting machine; put in what the user should find."""
-    for node in model.graph.all_nodes():
+    functions = (node for function in model.functions.values() for node in function.all_nodes())
+    for node in (*model.graph.all_nodes(), *functions):
         node.metadata_props.pop(_STACK_TRACE, None)
+        for key, value in node.metadata_props.items():
+            node.metadata_props[key] = _ADDRESS.sub("", value)
         node.doc_string = None
-    for function in model.functions.values():
-        for node in function.all_nodes():
-            node.metadata_props.pop(_STACK_TRACE, None)
     model.metadata_props.clear()
     model.metadata_props.update(about)
 

@@ -7,6 +7,7 @@ ask, and OpenVINO's own converter of torch models, which reports its use to Inte
 import dataclasses
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ def inspect(path: Path) -> Contents:
             "nodes": len(nodes),
             "metadata": content["metadata"],
         },
+        operators=Counter(node.get_type_name() for node in nodes),
     )
 
 
@@ -112,6 +114,17 @@ def tensors(path: Path) -> Iterator[tuple[str, Array]]:
             if node.get_element_type().get_type_name() == "bf16":
                 array = array.view(ml_dtypes.bfloat16)
             yield node.get_friendly_name(), array
+
+
+def running(path: Path) -> Mapping[str, int]:
+    """Return how often each operation is in the graph as OpenVINO runs it, integers told apart."""
+    graph = open_runner(path, 2).module.get_runtime_model()
+    found: Counter[str] = Counter()
+    for node in graph.get_ordered_ops():
+        told = node.get_rt_info()
+        kind, precision = (told[key].astype(str) for key in ("layerType", "runtimePrecision"))
+        found[kind if "f" in precision else f"{kind} in {precision}"] += 1
+    return found
 
 
 def _name_by_place(graph: Any) -> None:

@@ -1,5 +1,6 @@
 """A torch.export program (`.pt2`): one file that torch runs without transformers or model code."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def inspect(path: Path) -> Contents:
             "nodes": len(nodes),
             "metadata": content["metadata"],
         },
+        operators=Counter(str(node.target) for node in nodes),
     )
 
 

@@ -4,7 +4,9 @@ TorchScript is deprecated in torch (since 2.11) and still supported; its success
 """
 
 import json
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from lora_export.torch_rounding import as_array
 
 SUFFIX = ".pt"
 PRECISIONS = ("fp32", "fp16", "bf16")
+_MANGLED = "___torch_mangle_"  # in the names of classes that torch has numbered
+_NUMBERED = re.compile(_MANGLED + r"(\d+)")
 ABOUT_FILE = "lora_export.json"  # inside the archive: labels and provenance
 
 
@@ -50,9 +54,10 @@ def export(request: Request) -> None:
             # Tracing touches every attribute of a model, deprecated ones too, and warns of each
             # shape that it reads; what matters of that shows in the parity check.
             warnings.simplefilter("ignore")
-            traced = torch.jit.trace(model, tensors, check_trace=False)
+            for _ in range(2):  # the first makes all names known: in the second all have numbers
+                traced = torch.jit.trace(model, tensors, check_trace=False)
             torch.jit.save(traced, str(traced_path), _extra_files=extra)
-        _without_source_paths(traced_path, path)
+        _without_traces_of_the_process(traced_path, path)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ExportFailed(f"TorchScript: {first_line(error)}") from error
     finally:
@@ -67,13 +72,14 @@ def inspect(path: Path) -> Contents:
     said = json.loads(extra[SIGNATURE_FILE])
     returns = said.get("outputs", [])
     by_argument = {TensorSpec(name, "", ()).argument: name for name in said.get("inputs", [])}
-    operators = {node.kind() for node in module.inlined_graph.nodes()}
+    operators = Counter(node.kind() for node in module.inlined_graph.nodes())
     return Contents(
         # A trace declares neither dtypes nor axes.
         inputs=tuple(TensorSpec(by_argument.get(name, name), "", ()) for name in arguments),
         outputs=tuple(TensorSpec(name, "", ()) for name in returns),
         names=(*module.state_dict(), *operators, *(n for n, _ in module.named_modules())),
         facts={"torch": torch.__version__, "metadata": json.loads(extra[ABOUT_FILE])},
+        operators=operators,
     )
 
 
@@ -104,13 +110,25 @@ def _loaded(path: Path) -> tuple[Any, dict[str, str]]:
     return module, extra
 
 
-def _without_source_paths(traced: Path, path: Path) -> None:
-    """Copy the archive without its debug records, which name source files of this machine."""
+def _without_traces_of_the_process(traced: Path, path: Path) -> None:
+    """Copy the archive without its debug records, which name source files of this machine.
+
+    Classes are numbered through all traces of a process; in the copy they begin at 0.
+    """
     reader = torch._C.PyTorchFileReader(str(traced))
     writer = torch._C.PyTorchFileWriter(str(path))
     written_by_the_writer = ("version", ".data/serialization_id")
-    for record in reader.get_all_records():
-        if not record.endswith(".debug_pkl") and record not in written_by_the_writer:
-            data = reader.get_record(record)
-            writer.write_record(record, data, len(data))
+    records = [r for r in reader.get_all_records() if not r.endswith(".debug_pkl")]
+    numbers = sorted({int(number) for record in records for number in _NUMBERED.findall(record)})
+
+    def own(found: re.Match[str]) -> str:
+        return f"{_MANGLED}{numbers.index(int(found[1]))}"
+
+    for record in records:
+        if record in written_by_the_writer:
+            continue
+        data = reader.get_record(record)
+        if record.startswith("code/") or record == "data.pkl":  # of the latter, in no counted text
+            data = _NUMBERED.sub(own, data.decode("latin-1")).encode("latin-1")
+        writer.write_record(_NUMBERED.sub(own, record), data, len(data))
     writer.write_end_of_file()

@@ -140,6 +140,17 @@ class OnnxTextRunner(OnnxRunner):
         return {name: found[name] for name in found if name not in (LABEL, PROBABILITIES)}
 
 
+def write_as_run(path: Path, target: Path) -> None:
+    """Write the graph of the file at `path` to `target`, as onnxruntime runs it; weights beside."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(target)
+    entry = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{entry}_file_name", f"{target.name}.data")
+    options.add_session_config_entry(f"{entry}_min_size_in_bytes", "1024")
+    options.log_severity_level = 3  # that the file is for this machine is known
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 def text_library() -> str:
     """Return the library of operators on text; raises `InputError` where it is not installed."""
     try:
