@@ -117,7 +117,7 @@ def prove(path: Path, tokens: Any, signature: Signature) -> None:
 def open_runner(path: Path, threads: int) -> OnnxTextRunner:
     """Return a runner for the file at `path`, and for its two parts."""
     return OnnxTextRunner(
-        path, threads, functools.partial(_front, path), functools.partial(_back, path)
+        path, threads, functools.partial(_front, path), functools.partial(behind, path)
     )
 
 
@@ -128,7 +128,7 @@ def _front(path: Path) -> bytes:
     return _cut(model)
 
 
-def _back(path: Path) -> bytes:
+def behind(path: Path) -> bytes:
     """Return the model from the token ids on that is in the file at `path`."""
     model = ir.load(str(path))
     graph = model.graph

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError
 
 from lora_export import registry, storage, weightless
 from lora_export.errors import ExportFailed, first_line
@@ -18,6 +19,7 @@ from lora_export.exporters import (
     Contents,
     Request,
     _onnx_choose,
+    _onnx_double,
     _onnx_speed,
     _onnx_text,
     _onnx_tokenizer,
@@ -25,7 +27,7 @@ from lora_export.exporters import (
 )
 from lora_export.exporters._onnx_graph import Model
 from lora_export.exporters._program import traced
-from lora_export.records import Signature, TensorSpec
+from lora_export.records import TEXT, Signature, TensorSpec
 from lora_export.runners.onnx import OnnxRunner
 
 SUFFIX = ".onnx"
@@ -146,6 +148,21 @@ def open_runner(path: Path, threads: int) -> OnnxRunner:
         return _onnx_text.open_runner(path, threads)
     _refuse_other_data(path, (), runner.metadata)
     return runner
+
+
+def in_double(path: Path) -> _onnx_double.OnnxInDouble:
+    """Return the graph at `path` in float64; of one that takes text, from the token ids on.
+
+    Raises:
+        ExportFailed: onnx cannot read it, or does not know one of its operators.
+    """
+    try:
+        model = onnx.load(str(path))
+    except (OSError, ValueError, DecodeError) as error:
+        raise ExportFailed(f"{path.name} is no ONNX file: {first_line(error)}") from error
+    if any(value.name == TEXT for value in model.graph.input):
+        model = onnx.ModelProto.FromString(_onnx_text.behind(path))
+    return _onnx_double.OnnxInDouble(model)
 
 
 def _data_names(model: onnx.ModelProto) -> set[str]:
