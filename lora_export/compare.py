@@ -3,7 +3,7 @@
 Comparisons are written so that NaN fails; names, shapes and finiteness come before values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from lora_export.records import (
     Batch,
     Distance,
     Evidence,
+    ModuleOutput,
     Recording,
     TensorSpec,
     Timing,
@@ -204,6 +205,16 @@ def noise_floor(evidence: Evidence, only: str | None = None) -> Distance:
     least = max(float(np.finfo(dtype).eps * size) for size, dtype in chosen)
     tiny = max(float(np.finfo(dtype).tiny) for _, dtype in chosen)
     return Distance(max(found.largest, least, tiny), found.compared, "", found.batch)
+
+
+def parted(outputs: Iterable[ModuleOutput]) -> ModuleOutput | None:
+    """Return the module at which an artifact parts from the model; None where it does not.
+
+    It is the first, as modules run, whose output the artifact does not have, although an output of
+    the model is computed from it, and nothing that is computed from it agrees. A module that a
+    fusion left out is thus passed over, and so is one whose output only later ones feed on.
+    """
+    return next((found for found in outputs if not found.agrees and not found.left_out), None)
 
 
 def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:

@@ -431,6 +431,15 @@ class ModuleOutput:
     error: float  # deviation of that value from the reference
     size: float  # largest absolute value of the reference
     limit: float  # of `error`, up to which the two are the same
+    kind: str = ""  # the class of the module; "output" of an output of the whole model
+    # Whether it differs and nothing follows from that: a fusion left it out, so what is computed
+    # from it agrees; or no output is computed from it.
+    left_out: bool = False
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the artifact has the module's output."""
+        return self.error <= self.limit
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lora_export.errors import ExportFailed, first_line
 from lora_export.records import Array, is_float
 
 _FLOAT, _DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE
+_NEAR = 4 * float(np.finfo(np.float32).eps)  # a few constants, each rounded to float32
 _DTYPES = ("to", "dtype")  # attributes that name one
 
 
@@ -28,7 +29,7 @@ class OnnxInDouble:
         for body in (model.graph, *model.functions):
             _widen(body)
         try:
-            self._evaluator = ReferenceEvaluator(model, new_ops=[Erf])
+            self._evaluator = ReferenceEvaluator(model, new_ops=[Erf, GatherElements, Cast])
         except Exception as error:  # it has no class of errors of its own
             raise ExportFailed(f"the graph cannot be evaluated: {first_line(error)}") from error
         self.inputs: list[str] = list(self._evaluator.input_names)
@@ -69,6 +70,32 @@ class Erf(OpRun):  # type: ignore[misc]
 
     def _run(self, x: Array) -> tuple[Array]:
         return (torch.special.erf(torch.from_numpy(np.ascontiguousarray(x))).numpy(),)
+
+
+class GatherElements(OpRun):  # type: ignore[misc]
+    """Elements by their place along one axis; onnx's own refuses fewer places on another axis."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, places: Array, axis: int = 0) -> tuple[Array]:
+        values = x[tuple(slice(None if i == axis % x.ndim else n) for i, n in enumerate(places.shape))]
+        return (np.take_along_axis(values, places.astype(np.int64), axis),)
+
+
+class Cast(OpRun):  # type: ignore[misc]
+    """A conversion; to integers as in float32, which cannot tell a number this near from a whole.
+
+    T5 finds its buckets by a logarithm that is to be whole at their edges.
+    """
+
+    op_domain = ""
+
+    def _run(self, x: Array, to: int, **_: Any) -> tuple[Array]:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(to)
+        if is_float(x) and dtype.kind == "i":
+            whole = np.rint(x)
+            x = np.where(np.abs(x - whole) <= _NEAR * np.abs(whole), whole, x)
+        return (x.astype(dtype),)
 
 
 def _widen(body: Any) -> None:

@@ -8,6 +8,7 @@ from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
+from lora_export.exporters._pt2_double import Pt2InDouble
 from lora_export.runners._torch import NOTE
 from lora_export.runners.pt2 import Pt2Runner, loaded
 
@@ -64,3 +65,10 @@ def open_runner(path: Path, threads: int) -> Pt2Runner:
     `threads` is not used: torch has one setting for all that runs in it, and the caller has set it.
     """
     return Pt2Runner(path)
+
+
+def in_double(path: Path) -> Pt2InDouble:
+    """Return the program at `path` in float64; raises as `inspect` does."""
+    program, text = loaded(path)
+    inputs, outputs, _ = from_text(text)
+    return Pt2InDouble(program, [s.name for s in inputs], [s.name for s in outputs])

@@ -12,6 +12,7 @@ import torch
 from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
+from lora_export.exporters._torchscript_double import TorchScriptInDouble
 from lora_export.records import TensorSpec
 from lora_export.runners.torchscript import SIGNATURE_FILE, TorchScriptRunner
 
@@ -87,6 +88,15 @@ def open_runner(path: Path, threads: int) -> TorchScriptRunner:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         return TorchScriptRunner(path)
+
+
+def in_double(path: Path) -> TorchScriptInDouble:
+    """Return the module at `path` in float64; raises `ExportFailed` where torch cannot load it."""
+    try:
+        runner = open_runner(path, 1)
+    except (RuntimeError, ValueError) as error:
+        raise ExportFailed(f"{path.name} is no TorchScript file: {first_line(error)}") from error
+    return TorchScriptInDouble(runner.module, runner.inputs, runner.outputs)
 
 
 def _without_source_paths(traced: Path, path: Path) -> None:

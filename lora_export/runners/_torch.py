@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from lora_export.records import Array
+from lora_export.records import Array, is_float
 
 NOTE = "lora_export.json"  # in a .pt2 archive: names of inputs and outputs, labels, provenance
 
@@ -22,6 +23,11 @@ def answers(
     found = module(*[torch.from_numpy(arrays[name]) for name in inputs])
     values = found if isinstance(found, tuple) else (found,)
     return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+
+
+def in_double(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return `arrays`, those of floats in float64."""
+    return {name: a.astype(np.float64) if is_float(a) else a for name, a in arrays.items()}
 
 
 def precision_of(module: nn.Module) -> str:

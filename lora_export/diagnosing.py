@@ -1,0 +1,252 @@
+"""Where an artifact parts from its model: its own graph in float64, value by value.
+
+A runtime's rounding hides small faults, so it is left out: the graph that stands in the file is
+evaluated in float64 and held against the merged model in float64. What is left is the rounding of
+the constants in the file.
+"""
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_export import exporters
+from lora_export.errors import ExportFailed, first_line
+from lora_export.records import REFERENCE, Array, Artifact, Batch, GraphAnswer, ModuleOutput
+from lora_export.stages import Subject, exact
+
+MOST_TOKENS = 256  # of the batches together that a graph is evaluated on; a picture counts as 64
+MOST_BYTES = 2 * 10**9  # that the weights may take in float64
+SAME = 2.0**-18
+OUTPUT = "output"  # the kind of an output of the whole model
+_PROBES = 64  # elements by which values are told apart before all elements are looked at
+
+
+def graph_answers(
+    subject: Subject, artifact: Artifact, path: Path, batches: Sequence[Batch]
+) -> tuple[GraphAnswer, ...]:
+    """Return what the graph of `artifact` at `path` answers in float64, and what the model does.
+
+    It is asked the smallest of `batches`, among which the grid has padding on each side. There is
+    one answer with an error where it cannot be evaluated; none where the artifact is in less than
+    single precision, its format has no evaluation in float64, or it is larger than `MOST_BYTES`.
+    """
+    evaluation = getattr(exporters.load(artifact.format), "in_double", None)
+    weight = 2 * sum(file.size_bytes for file in artifact.files)
+    if evaluation is None or artifact.is_reduced or weight > MOST_BYTES:
+        return ()
+    reference = subject.runner(REFERENCE, exact(subject.model))
+    found = []
+    try:
+        graph = evaluation(path)
+        for index in _small(batches):
+            arrays = batches[index].arrays
+            found.append(
+                GraphAnswer(artifact.format, index, reference.run(arrays), graph.run(arrays))
+            )
+    except ExportFailed as error:
+        return (GraphAnswer(artifact.format, 0, {}, {}, first_line(error)),)
+    return tuple(found)
+
+
+def _small(batches: Sequence[Batch]) -> list[int]:
+    """Return the places of the smallest batches, up to `MOST_TOKENS` together, at least one."""
+    sizes = []
+    for batch in batches:
+        first = next(iter(batch.arrays.values()))
+        sizes.append(batch.mask.size if "attention_mask" in batch.arrays else 64 * len(first))
+    order = sorted(range(len(batches)), key=lambda place: sizes[place])
+    totals = itertools.accumulate(sizes[place] for place in order)
+    return sorted(
+        place
+        for number, (place, total) in enumerate(zip(order, totals, strict=True))
+        if total <= MOST_TOKENS or number == 0
+    )
+
+
+def module_outputs(
+    subject: Subject, artifact: Artifact, path: Path, batch: Batch
+) -> tuple[ModuleOutput, ...]:
+    """Return the output of every module, as they run, and then of the model, beside the artifact's.
+
+    What the artifact has of a module is found by its numbers: of all values that its graph computes
+    in float64, the one that lies nearest, its axes in any order. So it needs no names, and works
+    for the file of any exporter. Modules whose output is no tensor, nor begins with one, are not
+    listed; one that runs twice is listed twice.
+
+    Raises:
+        ExportFailed: the graph cannot be evaluated.
+    """
+    graph = exporters.load(artifact.format).in_double(path)
+    values, given = _Values(graph.values(batch.arrays)), graph.run(batch.arrays)
+    watch = _Watch(subject, batch)
+    calls, outputs = watch.before
+    masks = list(subject.signature.attended(batch.arrays).values())
+    kinds = {path: type(module).__name__ for path, module in subject.model.named_modules()}
+
+    def beside(name: str, array: Array, kind: str) -> ModuleOutput:
+        places = _attended(array.shape, masks)
+        size = float(np.abs(array.ravel()[places]).max(initial=0))
+        if kind != OUTPUT:
+            value, error = values.nearest(array, places)
+        elif name in given and given[name].shape == array.shape:
+            value, error = name, _largest(given[name].ravel()[places] - array.ravel()[places])
+        else:
+            value, error = "", math.inf
+        return ModuleOutput(artifact.format, name, value, error, size, SAME * size, kind)
+
+    found = [beside(name, array, kinds[name]) for name, array in calls]
+    found += [beside(name, array, OUTPUT) for name, array in outputs.items()]
+    return _judged(found, watch)
+
+
+def _judged(found: list[ModuleOutput], watch: "_Watch") -> tuple[ModuleOutput, ...]:
+    """Say of the modules that differ, up to the one at fault, that it does not matter."""
+    for place, one in enumerate(found):
+        if one.agrees or one.kind == OUTPUT:
+            continue
+        reached = [found[later] for later in watch.reached(place)]
+        if any(r.kind == OUTPUT for r in reached) and not any(r.agrees for r in reached):
+            break
+        found[place] = replace(one, left_out=True)
+    return tuple(found)
+
+
+class _Watch:
+    """Runs the merged model in float64 and sees what its modules answer."""
+
+    def __init__(self, subject: Subject, batch: Batch) -> None:
+        self.model, self.batch = exact(subject.model), batch
+        self.runner = subject.runner(REFERENCE, self.model)
+        self.before = self.run()
+
+    def run(self, disturbed: int = -1) -> tuple[list[tuple[str, Array]], dict[str, Array]]:
+        """Return the output of each call of a module, with its path, and the model's outputs.
+
+        The output of the call number `disturbed` is changed before it is handed on.
+        """
+        calls: list[tuple[str, Array]] = []
+
+        def seen(name: str) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+                first = _first(output)
+                if first is None:
+                    return None
+                calls.append((name, first.numpy().copy()))
+                return _disturbed(output) if len(calls) == disturbed + 1 else None
+
+            return hook
+
+        with contextlib.ExitStack() as hooks:
+            for name, module in self.model.named_modules():
+                if name:  # of the model itself it is the outputs
+                    handle = module.register_forward_hook(seen(name))
+                    hooks.callback(handle.remove)
+            outputs = self.runner.run(self.batch.arrays)
+        return calls, outputs
+
+    def reached(self, place: int) -> Iterator[int]:
+        """Yield the places of what is computed from the call number `place`, outputs last."""
+        calls, outputs = self.before
+        again, answers = self.run(place)
+        known = [array for _, array in calls] + list(outputs.values())
+        new = [array for _, array in again] + list(answers.values())
+        for i in range(place + 1, len(known)):
+            if not np.array_equal(known[i], new[i], equal_nan=True):
+                yield i
+
+
+class _Values:
+    """Values of a graph, to be found by their numbers."""
+
+    def __init__(self, values: Mapping[str, Array]) -> None:
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name, array in values.items():
+            groups.setdefault(tuple(n for n in array.shape if n != 1), []).append(name)
+        self.groups = {
+            shape: (names, np.stack([values[name].ravel() for name in names]))
+            for shape, names in groups.items()
+        }
+
+    def nearest(self, array: Array, places: Array) -> tuple[str, float]:
+        """Return which value is nearest to `array` at its flat `places`, and its deviation there.
+
+        It has as many elements, and its axes are taken in any order. A few elements tell which
+        cannot be the nearest; the others are compared whole.
+        """
+        wanted = array.ravel()[places]
+        few = np.unique(np.linspace(0, len(places) - 1, _PROBES).astype(int))
+        bounds: list[tuple[float, int, tuple[int, ...], tuple[int, ...], int]] = []
+        for shape, (_, rows) in self.groups.items():
+            if rows.shape[1] != array.size:
+                continue
+            for order in itertools.permutations(range(len(shape))):
+                apart = np.abs(rows[:, _turned(shape, order, places[few])] - wanted[few])
+                for row, bound in enumerate(np.nan_to_num(apart, nan=np.inf).max(1)):
+                    bounds.append((float(bound), len(bounds), shape, order, row))
+        best, name = math.inf, ""
+        for bound, _, shape, order, row in sorted(bounds):
+            if bound >= best:
+                break
+            names, rows = self.groups[shape]
+            error = _largest(rows[row, _turned(shape, order, places)] - wanted)
+            if error < best:
+                best, name = error, names[row]
+        return name, best
+
+
+def _turned(shape: Sequence[int], order: Sequence[int], places: Array) -> Array:
+    """Return where the flat `places` of a transposed array lie in the array of this `shape`."""
+    if list(order) == sorted(order):
+        return places
+    at = np.unravel_index(places, [shape[axis] for axis in order])
+    by_axis = dict(zip(order, at, strict=True))
+    return np.ravel_multi_index([by_axis[axis] for axis in range(len(shape))], tuple(shape))
+
+
+def _attended(shape: Sequence[int], masks: Sequence[Array]) -> Array:
+    """Return the flat places of an array that count: those of padding do not.
+
+    Its first axes are those of a mask, or one axis for both, or it has no tokens.
+    """
+    for mask in masks:
+        flat = mask.reshape(-1, mask.shape[-1])
+        if tuple(shape[:2]) == flat.shape or tuple(shape[:1]) == (mask.size,):
+            wide = np.broadcast_to(mask.reshape(-1, 1), (mask.size, math.prod(shape) // mask.size))
+            return np.flatnonzero(wide)
+    return np.arange(math.prod(shape))
+
+
+def _largest(apart: Array) -> float:
+    """Return the largest deviation; infinity where one is NaN, or there are none."""
+    found = float(np.abs(apart).max()) if apart.size else math.inf
+    return found if found <= math.inf else math.inf
+
+
+def _first(output: Any) -> torch.Tensor | None:
+    """Return the floats that the output of a module is, or begins with."""
+    while isinstance(output, tuple | list | dict) and output:
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    usable = isinstance(output, torch.Tensor) and output.is_floating_point() and output.numel()
+    return output if usable else None
+
+
+def _disturbed(output: Any) -> Any:
+    """Return the output of a module with its first floats moved by up to a thousandth."""
+    if isinstance(output, torch.Tensor):
+        waves = torch.arange(output.numel(), dtype=output.dtype).cos().view(output.shape)
+        return output + 1e-3 * (output.abs().max() or 1) * waves
+    if isinstance(output, dict):
+        found = copy.copy(output)
+        name = next(iter(found))
+        found[name] = _disturbed(found[name])
+        return found
+    return type(output)([_disturbed(output[0]), *output[1:]])
