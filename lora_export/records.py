@@ -416,6 +416,7 @@ class GraphAnswer:
     expected: Mapping[str, Array]  # of the merged model in float64
     found: Mapping[str, Array]
     error: str = ""  # why the graph could not be evaluated
+    rounded: Mapping[str, Array] = field(default_factory=dict)  # of the merged model in float32
 
 
 @dataclass(frozen=True)

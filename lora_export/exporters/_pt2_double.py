@@ -72,7 +72,10 @@ def _widen(module: fx.GraphModule) -> None:
     def wide(value: Any) -> Any:
         return torch.float64 if value is torch.float32 else value
 
-    for node in module.graph.nodes:
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)  # it asserts that a dtype is as it was
+            continue
         node.args = fx.node.map_aggregate(node.args, wide)
         node.kwargs = fx.node.map_aggregate(node.kwargs, wide)
     module.recompile()
