@@ -25,9 +25,10 @@ from lora_export.stages import Subject, exact
 
 MOST_TOKENS = 256  # of the batches together that a graph is evaluated on; a picture counts as 64
 MOST_BYTES = 2 * 10**9  # that the weights may take in float64
-# Of a module's size: 16 times what rounding one constant to float32 costs. A graph has several on
-# the way to each module; on 40 architectures it was 5 times.
-SAME = 2.0**-20
+# The limit of a module, in what computing in float32 costs it: of 40 correct architectures none came
+# to a half of this. It is at least what rounding eight constants to float32 costs, of its size.
+MULTIPLE = 0.5
+SAME = 8 * 2.0**-24
 OUTPUT = "output"  # the kind of an output of the whole model
 _PROBES = 64  # elements by which values are told apart before all elements are looked at
 
@@ -112,7 +113,7 @@ def module_outputs(
         else:
             value, error = "", math.inf
         size, noise = np.abs(wanted).max(), _largest(rounded.ravel()[places] - wanted)
-        limit = float(max(noise, SAME * size))
+        limit = float(max(MULTIPLE * noise, SAME * size))
         found.append(ModuleOutput(artifact.format, name, value, error, float(size), limit, kind))
     return _judged(found, watch)
 

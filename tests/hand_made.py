@@ -19,6 +19,7 @@ from lora_export.records import (
     Certificate,
     Evidence,
     FileDigest,
+    GraphAnswer,
     Measurement,
     Modules,
     Recording,
@@ -104,6 +105,20 @@ def recordings(reference=LOGITS):
     }
 
 
+def graphs(name="onnx", by=NOISE / 4, rounding=NOISE):
+    """What the graph of an artifact answers in float64: both batches, `by` off the model."""
+    return tuple(
+        GraphAnswer(
+            name,
+            place,
+            expected={"logits": logits},
+            found={"logits": logits + by},
+            rounded={"logits": (logits - rounding).astype(np.float32)},
+        )
+        for place, logits in enumerate(LOGITS)
+    )
+
+
 def timing(rounds=30, **ratios):
     """Samples of the unmerged model at about 8 ms, and of others at a multiple of each of them."""
     own = [8.0 + (i % 5) / 4 for i in range(rounds)]
@@ -149,6 +164,7 @@ def evidence(**changes):
         timings=(timing(merged=1.0, onnx=0.5),),
         files=FILES,
         files_now=FILES,
+        graphs=graphs(),
     )
     return dataclasses.replace(made, **changes)
 

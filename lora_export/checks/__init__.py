@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from lora_export import registry
 from lora_export.compare import NOISE_MULTIPLE, distance, noise_floor, wrong_dtype
-from lora_export.records import REFERENCE, Evidence, Status, Verdict
+from lora_export.records import REFERENCE, Distance, Evidence, Status, Verdict
 
 MERGE, EXPORT, RUN, VERIFY = "merge", "export", "run", "verify"
 
@@ -82,10 +82,17 @@ def _output(check: str, subject: str, name: str, evidence: Evidence) -> Verdict:
     found = distance(recordings[REFERENCE], recordings[subject], evidence, name)
     limit = NOISE_MULTIPLE * floor.largest
     defect = floor.defect or found.defect or wrong_dtype(recordings[subject], evidence)
-    good = not defect and found.compared > 0 and found.largest <= limit
     note = defect or (
         f"{found.largest / floor.largest:.2f} times the noise floor {floor.largest:.2e}, "
         f"largest at {evidence.batches[found.batch].note}"
     )
+    return within(check, subject, found, limit, defect, note)
+
+
+def within(
+    check: str, subject: str, found: Distance, limit: float, defect: str, note: str
+) -> Verdict:
+    """Return a pass where something was compared, nothing is wrong with it, and it is near."""
+    good = not defect and found.compared > 0 and found.largest <= limit
     status = Status.PASS if good else Status.FAIL
     return Verdict(check, subject, status, found.largest, limit, "abs", found.compared, note)
