@@ -18,17 +18,33 @@ import numpy as np
 import torch
 from torch import nn
 
-from lora_export import exporters, models, registry
-from lora_export.errors import ExportFailed, first_line
-from lora_export.records import REFERENCE, Array, Artifact, Batch, GraphAnswer, ModuleOutput
+from lora_export import exporters, models, registry, stages
+from lora_export.checks import graph, parity
+from lora_export.compare import parted
+from lora_export.errors import ExportFailed, InputError, first_line, listed
+from lora_export.records import (
+    REFERENCE,
+    Array,
+    Artifact,
+    Batch,
+    Evidence,
+    GraphAnswer,
+    ModuleOutput,
+    Recording,
+    Signature,
+    Verdict,
+)
+from lora_export.runners import Runner
 from lora_export.stages import Subject, exact
 
-MOST_TOKENS = 256  # of the batches together that a graph is evaluated on; a picture counts as 64
+# A graph is evaluated on so many batches of so many tokens at most; a picture counts as 64.
+MOST_BATCHES, MOST_TOKENS = 4, 64
 MOST_BYTES = 2 * 10**9  # that the weights may take in float64
-# The limit of a module, in what computing in float32 costs it: of 40 correct architectures none came
-# to a half of this. It is at least what rounding eight constants to float32 costs, of its size.
+# The limit of a module, in what computing in float32 costs it: in 40 architectures, rightly
+# exported, none came to a half of this. At least what rounding eight constants costs, of its size.
 MULTIPLE = 0.5
 SAME = 8 * 2.0**-24
+TINY = float(np.finfo(np.float32).tiny)
 OUTPUT = "output"  # the kind of an output of the whole model
 _PROBES = 64  # elements by which values are told apart before all elements are looked at
 
@@ -38,9 +54,9 @@ def graph_answers(
 ) -> tuple[GraphAnswer, ...]:
     """Return what the graph of `artifact` at `path` answers in float64, and what the model does.
 
-    It is asked the smallest of `batches`, among which the grid has padding on each side. There is
-    one answer with an error where it cannot be evaluated; none where the artifact is in less than
-    single precision, its format has no evaluation in float64, or it is larger than `MOST_BYTES`.
+    It is asked a few small ones of `batches`. There is one answer with an error where it cannot be
+    evaluated; none where the artifact is in less than single precision, its format has no
+    evaluation in float64, or its weights take more than `MOST_BYTES` then.
     """
     evaluation = getattr(exporters.load(artifact.format), "in_double", None)
     weight = 2 * sum(file.size_bytes for file in artifact.files)
@@ -48,16 +64,16 @@ def graph_answers(
         return ()
     reference, own = (subject.runner(REFERENCE, each) for each in _both(subject))
     try:
-        graph = evaluation(path)
+        inside = evaluation(path)
         return tuple(
             GraphAnswer(
                 artifact.format,
                 place,
                 expected=reference.run(batches[place].arrays),
-                found=graph.run(batches[place].arrays),
+                found=_chosen(inside.run(batches[place].arrays), subject.signature),
                 rounded=own.run(batches[place].arrays),
             )
-            for place in _small(batches)
+            for place in _telling(batches)
         )
     except ExportFailed as error:
         return (GraphAnswer(artifact.format, 0, {}, {}, first_line(error)),)
@@ -68,19 +84,23 @@ def _both(subject: Subject) -> tuple[nn.Module, nn.Module]:
     return exact(subject.model), models.in_precision(subject.model, registry.FULL)
 
 
-def _small(batches: Sequence[Batch]) -> list[int]:
-    """Return the places of the smallest batches, up to `MOST_TOKENS` together, at least one."""
-    sizes = []
-    for batch in batches:
-        first = next(iter(batch.arrays.values()))
-        sizes.append(batch.mask.size if "attention_mask" in batch.arrays else 64 * len(first))
-    order = sorted(range(len(batches)), key=lambda place: sizes[place])
-    totals = itertools.accumulate(sizes[place] for place in order)
-    return sorted(
-        place
-        for number, (place, total) in enumerate(zip(order, totals, strict=True))
-        if total <= MOST_TOKENS or number == 0
-    )
+def _chosen(outputs: Mapping[str, Array], signature: Signature) -> dict[str, Array]:
+    """Return those outputs that the signature has."""
+    return {spec.name: outputs[spec.name] for spec in signature.outputs if spec.name in outputs}
+
+
+def _telling(batches: Sequence[Batch]) -> list[int]:
+    """Return the places of the largest batches up to `MOST_TOKENS`, else of the smallest.
+
+    Of the grid these are one without padding, and one with padding of every kind.
+    """
+    sizes = {}
+    for place, batch in enumerate(batches):
+        rows = len(next(iter(batch.arrays.values())))
+        sizes[place] = batch.mask.size if "attention_mask" in batch.arrays else 64 * rows
+    small = [place for place, size in sizes.items() if size <= MOST_TOKENS]
+    found = sorted(small, key=lambda place: sizes[place])[-MOST_BATCHES:]
+    return sorted(found) or sorted(sizes, key=lambda place: sizes[place])[:1]
 
 
 def module_outputs(
@@ -96,8 +116,8 @@ def module_outputs(
     Raises:
         ExportFailed: the graph cannot be evaluated.
     """
-    graph = exporters.load(artifact.format).in_double(path)
-    values, given = _Values(graph.values(batch.arrays)), graph.run(batch.arrays)
+    inside = exporters.load(artifact.format).in_double(path)
+    values, given = _Values(inside.values(batch.arrays)), inside.run(batch.arrays)
     watch, own = (_Watch(subject, each, batch) for each in _both(subject))
     masks = list(subject.signature.attended(batch.arrays).values())
     found = []
@@ -130,6 +150,126 @@ def _judged(found: list[ModuleOutput], watch: "_Watch") -> tuple[ModuleOutput, .
             break
         found[place] = replace(one, left_out=True)
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Whether an artifact parts from its model, and where."""
+
+    sentence: str
+    verdicts: tuple[Verdict, ...]  # of the checks `graph` and `parity`, as far as they apply
+    outputs: tuple[ModuleOutput, ...] = ()  # by module, on the batch that differs most
+    module: ModuleOutput | None = None  # at which the graph parts
+    level: str = ""  # of the runtime's rewriting, from which on it computes something else
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing parts, of what could be compared."""
+        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+
+def located(
+    subject: Subject, artifact: Artifact, path: Path, batches: Sequence[Batch], threads: int = 1
+) -> Diagnosis:
+    """Return where the artifact at `path` parts from the merged model.
+
+    First its graph is evaluated in float64: where it differs, a module is at fault (see
+    `compare.parted`). Where it does not and its runtime's answers do, the runtime is, from some
+    level of its rewriting on. A file of other tools may take fewer inputs and give fewer outputs
+    than the model.
+
+    Raises:
+        InputError: artifact and model have no output in common.
+        ExportFailed: the artifact cannot be opened, or does not run.
+    """
+    subject = _in_common(subject, artifact)
+    batches = tuple(batches)
+    answers = graph_answers(subject, artifact, path, batches)
+    evidence = replace(
+        stages.merged_evidence(subject, batches), artifacts=(artifact,), graphs=answers
+    )
+    runner = exporters.load(artifact.format).open_runner(path, threads)
+    evidence = _with(evidence, runner, artifact)
+    verdicts = tuple(
+        found
+        for check in (graph, parity)
+        if check.applies(evidence)
+        for found in check.judge(evidence)
+    )
+    wrong = {verdict.check: verdict for verdict in verdicts if not verdict.passed}
+    if "graph" in wrong and not answers[0].error:
+        worst = max(answers, key=_apart).batch
+        outputs = module_outputs(subject, artifact, path, batches[worst])
+        at = parted(outputs)
+        return Diagnosis(_said(at, batches[worst]), verdicts, outputs, at)
+    if "parity" in wrong:
+        level = _first_wrong_level(evidence, artifact, path, threads) if answers else ""
+        return Diagnosis(_of_runtime(answers, level, wrong["parity"]), verdicts, level=level)
+    if wrong:
+        return Diagnosis(wrong["graph"].note, verdicts)
+    return Diagnosis("nothing parts: " + "; ".join(v.note for v in verdicts), verdicts)
+
+
+def _in_common(subject: Subject, artifact: Artifact) -> Subject:
+    """Return `subject` with the outputs that `artifact` gives as well."""
+    own, given = subject.signature.outputs, {spec.name for spec in artifact.outputs}
+    both = tuple(spec for spec in own if spec.name in given)
+    if not both:
+        raise InputError(listed("the file has none of the model's outputs", (s.name for s in own)))
+    signature = replace(subject.signature, outputs=both)
+    return replace(subject, interface=replace(subject.interface, signature=signature))
+
+
+def _with(evidence: Evidence, runner: Runner, artifact: Artifact) -> Evidence:
+    """Return `evidence` with what `runner` answers to the inputs that the artifact takes."""
+    assert evidence.signature is not None
+    names, found = {spec.name for spec in artifact.inputs}, []
+    for batch in evidence.batches:
+        try:
+            answer = runner.run({n: a for n, a in batch.arrays.items() if n in names})
+        except Exception as error:  # every runtime has its own
+            why = f"it does not run on {batch.note}: {first_line(error)}"
+            raise ExportFailed(why) from error
+        found.append(_chosen(answer, evidence.signature))
+    recording = Recording(artifact.format, runner.precision, tuple(found))
+    return replace(evidence, recordings={**evidence.recordings, artifact.format: recording})
+
+
+def _first_wrong_level(evidence: Evidence, artifact: Artifact, path: Path, threads: int) -> str:
+    levels = getattr(exporters.load(artifact.format), "levels", lambda *_: ())
+    for level, runner in levels(path, threads):
+        if not all(v.passed for v in parity.judge(_with(evidence, runner, artifact))):
+            return str(level)
+    return ""
+
+
+def _apart(answer: GraphAnswer) -> float:
+    """Return by how much the worst output of a graph differs, in what float32 costs it."""
+    return max(
+        _largest(answer.found[name] - wanted) / max(_largest(answer.rounded[name] - wanted), TINY)
+        if name in answer.found and answer.found[name].shape == wanted.shape
+        else math.inf
+        for name, wanted in answer.expected.items()
+    )
+
+
+def _said(at: ModuleOutput | None, batch: Batch) -> str:
+    if at is None:
+        return f"the graph differs on some inputs, and on {batch.note} every module agrees"
+    if at.kind == OUTPUT:
+        return f"parts after the last module: the output {at.module} differs on {batch.note}"
+    return (
+        f"parts at {at.module} ({at.kind}): {at.error:.2e} off on {batch.note}, "
+        f"{at.error / at.limit:.3g} times what rounding explains; all that it is computed from "
+        "agrees"
+    )
+
+
+def _of_runtime(answers: Sequence[GraphAnswer], level: str, verdict: Verdict) -> str:
+    if not answers:
+        return f"{verdict.subject} is {verdict.note}; its graph is not evaluated in float64"
+    told = f"the graph agrees in float64, and its runtime is {verdict.note}"
+    return f"{told}; it parts from the graph at {level}" if level else told
 
 
 class _Watch:

@@ -44,9 +44,7 @@ def _judged(artifact: str, evidence: Evidence) -> Verdict:
     return replace(worst, note=note, where=(where.module,))
 
 
-def _output(
-    artifact: str, name: str, answers: list[GraphAnswer], evidence: Evidence
-) -> Verdict:
+def _output(artifact: str, name: str, answers: list[GraphAnswer], evidence: Evidence) -> Verdict:
     expected, found, rounded = (
         Recording(artifact, "float64", tuple(getattr(answer, side) for answer in answers))
         for side in ("expected", "found", "rounded")

@@ -12,6 +12,10 @@ To add a format, add one file here with:
     open_runner(path, threads) -> Runner    something that runs it
     files(path) -> Iterable[Path]           optional: the files it consists of, `path` first; else
                                             `path` and `path.*`
+    in_double(path) -> InDouble             optional: its graph, evaluated in float64; raises
+                                            `ExportFailed`
+    levels(path, threads)                   optional: names and runners of what its runtime makes of
+                                            the graph, from the plainest on
     require()                               optional: raises where what writes or runs it is not
                                             there on this machine
 
@@ -24,7 +28,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from lora_export import environment, registry, storage
 from lora_export.errors import InputError, LoraExportError
@@ -73,6 +77,21 @@ class Contents:
     outputs: tuple[TensorSpec, ...]
     names: tuple[str, ...]  # of operators, modules and tensors inside
     facts: Mapping[str, Any]  # opset, versions
+
+
+class InDouble(Protocol):
+    """The graph of an artifact in float64: what it means, without what a runtime rounds.
+
+    Both raise `ExportFailed` where the graph cannot be evaluated.
+    """
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the named outputs for named inputs; what the graph does not take is left out."""
+        ...
+
+    def values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return every float that the graph computes, by its name inside."""
+        ...
 
 
 def names() -> tuple[str, ...]:

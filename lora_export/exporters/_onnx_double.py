@@ -63,7 +63,7 @@ class OnnxInDouble:
             raise ExportFailed(f"the graph cannot be evaluated: {first_line(error)}") from error
 
 
-class Erf(OpRun):  # type: ignore[misc]
+class Erf(OpRun):
     """The error function; onnx's own rounds it to float32, one element at a time."""
 
     op_domain = ""
@@ -72,17 +72,19 @@ class Erf(OpRun):  # type: ignore[misc]
         return (torch.special.erf(torch.from_numpy(np.ascontiguousarray(x))).numpy(),)
 
 
-class GatherElements(OpRun):  # type: ignore[misc]
+class GatherElements(OpRun):
     """Elements by their place along one axis; onnx's own refuses fewer places on another axis."""
 
     op_domain = ""
 
     def _run(self, x: Array, places: Array, axis: int = 0) -> tuple[Array]:
-        values = x[tuple(slice(None if i == axis % x.ndim else n) for i, n in enumerate(places.shape))]
+        values = x[
+            tuple(slice(None if i == axis % x.ndim else n) for i, n in enumerate(places.shape))
+        ]
         return (np.take_along_axis(values, places.astype(np.int64), axis),)
 
 
-class Cast(OpRun):  # type: ignore[misc]
+class Cast(OpRun):
     """A conversion; to integers as in float32, which cannot tell a number this near from a whole.
 
     T5 finds its buckets by a logarithm that is to be whole at their edges.
@@ -123,9 +125,7 @@ def _widen_attribute(attribute: Any) -> None:
         attribute.i = _DOUBLE
     elif attribute.name in ("value_float", "value_floats"):
         array = np.array(onnx.helper.get_attribute_value(attribute), np.float64)
-        attribute.CopyFrom(
-            onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(array))
-        )
+        attribute.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(array)))
 
 
 def _widen_tensor(tensor: Any) -> None:

@@ -35,11 +35,11 @@ class Pt2InDouble:
         self._answers(inputs, found)
         return found
 
-    def _answers(
-        self, inputs: Mapping[str, Array], values: dict[str, Array]
-    ) -> dict[str, Array]:
+    def _answers(self, inputs: Mapping[str, Array], values: dict[str, Array]) -> dict[str, Array]:
         try:
-            return answers(_Watched(self._module, values).run, in_double(inputs), self.inputs, self.outputs)
+            return answers(
+                _Watched(self._module, values).run, in_double(inputs), self.inputs, self.outputs
+            )
         except RuntimeError as error:
             raise ExportFailed(f"the graph cannot be evaluated: {first_line(error)}") from error
 
@@ -54,9 +54,8 @@ class _Watched(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Return the value of the node `n`."""
         found = super().run_node(n)
-        if n.op == "call_function" and isinstance(found, torch.Tensor):
-            if found.dtype is torch.float64:
-                self.values[n.name] = found.numpy()
+        if n.op == "call_function" and getattr(found, "dtype", None) is torch.float64:
+            self.values[n.name] = found.numpy()
         return found
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -60,9 +60,7 @@ class TorchScriptInDouble:
 
     def _graph(self) -> tuple[Any, list[Any]]:
         """Return the graph in float64, its modules inlined, and the weights that it takes last."""
-        graph, weights = torch._C._jit_pass_lower_graph(
-            self._module.inlined_graph, self._module._c
-        )
+        graph, weights = torch._C._jit_pass_lower_graph(self._module.inlined_graph, self._module._c)
         torch._C._jit_pass_lower_all_tuples(graph)
         for node in graph.nodes():
             _widen(graph, node)

@@ -11,7 +11,6 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import torch
-from google.protobuf.message import DecodeError
 
 from lora_export import registry, storage, weightless
 from lora_export.errors import ExportFailed, first_line
@@ -28,7 +27,7 @@ from lora_export.exporters import (
 from lora_export.exporters._onnx_graph import Model
 from lora_export.exporters._program import traced
 from lora_export.records import TEXT, Signature, TensorSpec
-from lora_export.runners.onnx import OnnxRunner
+from lora_export.runners.onnx import LEVELS, OnnxRunner
 
 SUFFIX = ".onnx"
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -150,6 +149,12 @@ def open_runner(path: Path, threads: int) -> OnnxRunner:
     return runner
 
 
+def levels(path: Path, threads: int) -> Iterator[tuple[str, OnnxRunner]]:
+    """Yield a runner for each level of onnxruntime's rewriting, beginning with none at all."""
+    for level in LEVELS:
+        yield level, OnnxRunner(path, threads, level=level)
+
+
 def in_double(path: Path) -> _onnx_double.OnnxInDouble:
     """Return the graph at `path` in float64; of one that takes text, from the token ids on.
 
@@ -158,7 +163,7 @@ def in_double(path: Path) -> _onnx_double.OnnxInDouble:
     """
     try:
         model = onnx.load(str(path))
-    except (OSError, ValueError, DecodeError) as error:
+    except Exception as error:  # protobuf's own class of errors is not onnx's
         raise ExportFailed(f"{path.name} is no ONNX file: {first_line(error)}") from error
     if any(value.name == TEXT for value in model.graph.input):
         model = onnx.ModelProto.FromString(_onnx_text.behind(path))
