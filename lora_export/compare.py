@@ -210,11 +210,12 @@ def noise_floor(evidence: Evidence, only: str | None = None) -> Distance:
 def parted(outputs: Iterable[ModuleOutput]) -> ModuleOutput | None:
     """Return the module at which an artifact parts from the model; None where it does not.
 
-    It is the first, as modules run, whose output the artifact does not have, although an output of
-    the model is computed from it, and nothing that is computed from it agrees. A module that a
-    fusion left out is thus passed over, and so is one whose output only later ones feed on.
+    It is the first, as modules run, whose output the artifact does not have, although it has its
+    input, an output of the model is computed from it, and nothing that is computed from it agrees.
+    So a module that a fusion left out is passed over. Where the input differs as well, the fault
+    lies between two modules: in what the module around them computes itself.
     """
-    return next((found for found in outputs if not found.agrees and not found.left_out), None)
+    return next((found for found in outputs if not found.agrees and not found.excused), None)
 
 
 def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:

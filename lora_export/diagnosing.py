@@ -8,20 +8,23 @@ the constants in the file.
 import contextlib
 import copy
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from lora_export import exporters, models, registry, stages
+from lora_export import exporters, inputs, models, registry, stages, timing
 from lora_export.checks import graph, parity
+from lora_export.codec import to_json
 from lora_export.compare import parted
 from lora_export.errors import ExportFailed, InputError, first_line, listed
+from lora_export.judging import silent
 from lora_export.records import (
     REFERENCE,
     Array,
@@ -34,6 +37,7 @@ from lora_export.records import (
     Signature,
     Verdict,
 )
+from lora_export.report.json import strict
 from lora_export.runners import Runner
 from lora_export.stages import Subject, exact
 
@@ -120,35 +124,53 @@ def module_outputs(
     values, given = _Values(inside.values(batch.arrays)), inside.run(batch.arrays)
     watch, own = (_Watch(subject, each, batch) for each in _both(subject))
     masks = list(subject.signature.attended(batch.arrays).values())
-    found = []
-    for (name, kind, array), (_, _, rounded) in zip(watch.seen, own.seen, strict=True):
-        places = _attended(array.shape, masks)
-        if not places.size:
-            continue
-        wanted = array.ravel()[places]
-        if kind != OUTPUT:
-            value, error = values.nearest(array, places)
-        elif name in given and given[name].shape == array.shape:
-            value, error = name, _largest(given[name].ravel()[places] - wanted)
+
+    def beside(call: _Call, wanted: Array, rounded: Array) -> ModuleOutput:
+        places = _attended(wanted.shape, masks)
+        expected = wanted.ravel()[places]
+        if call.kind != OUTPUT:
+            value, error = values.nearest(wanted, places)
+        elif call.name in given and given[call.name].shape == wanted.shape:
+            value, error = call.name, _largest(given[call.name].ravel()[places] - expected)
         else:
             value, error = "", math.inf
-        size, noise = np.abs(wanted).max(), _largest(rounded.ravel()[places] - wanted)
-        limit = float(max(MULTIPLE * noise, SAME * size))
-        found.append(ModuleOutput(artifact.format, name, value, error, float(size), limit, kind))
-    return _judged(found, watch)
+        size, noise = float(np.abs(expected).max()), _largest(rounded.ravel()[places] - expected)
+        limit = max(MULTIPLE * noise, SAME * size)
+        return ModuleOutput(artifact.format, call.name, value, error, size, limit, call.kind)
+
+    def sound(place: int) -> bool:
+        """Return whether the artifact has what goes into the module at `place`."""
+        call, rounded = watch.calls[place], own.calls[place].given
+        if call.given is None or rounded is None:
+            return True
+        return beside(call, call.given, rounded).agrees
+
+    pairs = zip(watch.calls, own.calls, strict=True)
+    found = [beside(call, call.output, other.output) for call, other in pairs]
+    return _judged(found, watch.reached, sound)
 
 
-def _judged(found: list[ModuleOutput], watch: "_Watch") -> tuple[ModuleOutput, ...]:
-    """Say of the modules that differ, up to the one at fault, that it does not matter."""
-    if all(one.agrees for one in found if one.kind == OUTPUT):
-        return tuple(one if one.agrees else replace(one, left_out=True) for one in found)
-    for place, one in enumerate(found):
-        if one.agrees or one.kind == OUTPUT:
-            continue
-        reached = [found[later] for later in watch.reached(place)]
-        if any(r.kind == OUTPUT for r in reached) and not any(r.agrees for r in reached):
-            break
-        found[place] = replace(one, left_out=True)
+def _judged(
+    found: list[ModuleOutput],
+    reached: Callable[[int], Iterable[int]],
+    sound: Callable[[int], bool],
+) -> tuple[ModuleOutput, ...]:
+    """Excuse the modules that differ and are not at fault, up to the one that is."""
+    agree = all(one.agrees for one in found if one.kind == OUTPUT)
+    differing = [i for i, one in enumerate(found) if not one.agrees and one.kind != OUTPUT]
+    inside = ""  # of modules around a fault: the path of one that lies inside of them
+    for place in differing:
+        one = found[place]
+        if not agree and (not inside or inside.startswith(f"{one.module}.")):
+            after = [] if inside else [found[later] for later in reached(place)]
+            at_fault = bool(inside) or (
+                any(later.kind == OUTPUT for later in after)
+                and not any(later.agrees for later in after)
+            )
+            if at_fault and sound(place):
+                break
+            inside = one.module if at_fault else inside
+        found[place] = replace(one, excused=True)
     return tuple(found)
 
 
@@ -166,6 +188,61 @@ class Diagnosis:
     def ok(self) -> bool:
         """Whether nothing parts, of what could be compared."""
         return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the command prints as JSON; an error that is no number is null."""
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"schema": 1, "ok": self.ok, **strict(to_json(content, {}))}
+
+
+def diagnose(
+    artifact: str | Path,
+    *,
+    model: str | Path = "merged",
+    name: str | None = None,
+    data: str | Path | None = None,
+    seed: int = 0,
+    cache: bool = True,
+    say: Callable[[str], None] = silent,
+) -> Diagnosis:
+    """Return where the file `artifact` parts from the merged model in the folder `model`.
+
+    Args:
+        artifact: File of an artifact, which another tool may have written.
+        model: Directory of a merged model.
+        name: Artifact format; None takes that of the suffix.
+        data: Sentences to compare on (see `inputs.read_texts`); None takes the shipped set.
+        seed: Of the generated inputs.
+        cache: Whether the artifact of a model that generates takes and gives its cache.
+        say: Called with the name of each stage as it begins.
+
+    Raises:
+        InputError: no such file or format; or it is in less than single precision, or has none of
+            the model's outputs.
+        ExportFailed: the artifact cannot be opened, or does not run.
+    """
+    path = Path(artifact)
+    if not path.exists():
+        raise InputError(f"no such file: {path}")
+    texts, labels = inputs.read_texts(Path(data) if data is not None else None)
+    found = exporters.describe(name or _format_of(path), path)
+    said = found.facts.get("metadata", {}).get(registry.PRECISION, json.dumps(registry.FULL))
+    if said != json.dumps(registry.FULL):
+        raise InputError(f"{path.name} is in {said}, which rounds on purpose: there is no limit")
+    say("loading the model")
+    subject = stages.load_subject(Path(model), cache=cache)
+    batches = stages.batches_of(subject, texts, labels, seed)
+    say(f"comparing on {inputs.summary(batches)}")
+    with timing.all_threads() as threads:
+        return located(subject, found, path, batches, threads)
+
+
+def _format_of(path: Path) -> str:
+    suffixes = {exporters.load(name).SUFFIX: name for name in exporters.names()}
+    known = [suffix for suffix in suffixes if path.name.endswith(suffix)]
+    if not known:
+        raise InputError(f"{path.name} ends in none of {', '.join(suffixes)}; say --format")
+    return suffixes[max(known, key=len)]
 
 
 def located(
@@ -198,10 +275,10 @@ def located(
     )
     wrong = {verdict.check: verdict for verdict in verdicts if not verdict.passed}
     if "graph" in wrong and not answers[0].error:
-        worst = max(answers, key=_apart).batch
-        outputs = module_outputs(subject, artifact, path, batches[worst])
+        batch = batches[worst(answers)]
+        outputs = module_outputs(subject, artifact, path, batch)
         at = parted(outputs)
-        return Diagnosis(_said(at, batches[worst]), verdicts, outputs, at)
+        return Diagnosis(_said(at, batch), verdicts, outputs, at)
     if "parity" in wrong:
         level = _first_wrong_level(evidence, artifact, path, threads) if answers else ""
         return Diagnosis(_of_runtime(answers, level, wrong["parity"]), verdicts, level=level)
@@ -243,6 +320,11 @@ def _first_wrong_level(evidence: Evidence, artifact: Artifact, path: Path, threa
     return ""
 
 
+def worst(answers: Sequence[GraphAnswer]) -> int:
+    """Return the place of the batch on which a graph differs most: where to look for the module."""
+    return max(answers, key=_apart).batch
+
+
 def _apart(answer: GraphAnswer) -> float:
     """Return by how much the worst output of a graph differs, in what float32 costs it."""
     return max(
@@ -272,46 +354,71 @@ def _of_runtime(answers: Sequence[GraphAnswer], level: str, verdict: Verdict) ->
     return f"{told}; it parts from the graph at {level}" if level else told
 
 
+class _Call(NamedTuple):
+    """A call of a module, or an output of the model.
+
+    `output` and `given` are the first floats that come out of it and go in.
+    """
+
+    name: str
+    kind: str
+    output: Array
+    given: Array | None
+
+
 class _Watch:
-    """Runs a model and sees what its modules answer.
+    """Runs a model and sees what its modules do.
 
     Attributes:
-        seen: The path, the class and the output of every call of a module, as they end, and then
-            the name, `OUTPUT` and the array of each output of the model.
+        calls: The calls of its modules, as they end, and then its outputs.
     """
 
     def __init__(self, subject: Subject, model: nn.Module, batch: Batch) -> None:
         self.model, self.batch = model, batch
         self.runner = subject.runner(REFERENCE, model)
-        self.seen = self._run()
+        self.calls = self._run()
 
     def reached(self, place: int) -> Iterator[int]:
-        """Yield the places in `seen` of what is computed from the module there."""
+        """Yield the places in `calls` of what is computed from the module there."""
         again = self._run(place)
-        for later in range(place + 1, len(self.seen)):
-            if not np.array_equal(self.seen[later][2], again[later][2], equal_nan=True):
+        for later in range(place + 1, len(self.calls)):
+            known, new = self.calls[later].output, again[later].output
+            if not np.array_equal(known, new, equal_nan=True):
                 yield later
 
-    def _run(self, disturbed: int = -1) -> list[tuple[str, str, Array]]:
-        """Return `seen`, where the output at one place is changed before it is handed on."""
-        seen: list[tuple[str, str, Array]] = []
+    def _run(self, disturbed: int = -1) -> list[_Call]:
+        """Return `calls`, where the output of one is changed before it is handed on."""
+        calls: list[_Call] = []
 
         def watched(name: str) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
                 floats = _first(output)
                 if floats is None:
                     return None
-                seen.append((name, type(module).__name__, floats.numpy().copy()))
-                return _disturbed(output) if len(seen) == disturbed + 1 else None
+                given = next(
+                    (g for g in map(_first, (*args, *kwargs.values())) if g is not None), None
+                )
+                calls.append(
+                    _Call(
+                        name,
+                        type(module).__name__,
+                        floats.numpy().copy(),
+                        None if given is None else given.numpy().copy(),
+                    )
+                )
+                return _disturbed(output) if len(calls) == disturbed + 1 else None
 
             return hook
 
         with contextlib.ExitStack() as hooks:
             for name, module in self.model.named_modules():
                 if name:  # of the model itself it is the outputs
-                    hooks.callback(module.register_forward_hook(watched(name)).remove)
+                    handle = module.register_forward_hook(watched(name), with_kwargs=True)
+                    hooks.callback(handle.remove)
             outputs = self.runner.run(self.batch.arrays)
-        return seen + [(name, OUTPUT, array) for name, array in outputs.items()]
+        return calls + [
+            _Call(name, OUTPUT, array, None) for name, array in outputs.items() if array.size
+        ]
 
 
 class _Values:

@@ -433,9 +433,9 @@ class ModuleOutput:
     size: float  # largest absolute value of the reference
     limit: float  # of `error`, up to which the two are the same
     kind: str = ""  # the class of the module; "output" of an output of the whole model
-    # Whether it differs and nothing follows from that: a fusion left it out, so what is computed
-    # from it agrees; or no output is computed from it.
-    left_out: bool = False
+    # Whether it differs through no fault of its own: its input does as well; or what is computed
+    # from it agrees, so that a fusion left it out; or no output is computed from it.
+    excused: bool = False
 
     @property
     def agrees(self) -> bool:

@@ -17,11 +17,11 @@ ORDER = [
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "inputs",
     "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
     "measurements", "codec", "report", "judging", "opening", "inspection", "merged_files", "stages",
-    "diagnosing", "tuning", "pipeline", "cli", "__main__",
+    "plotting", "diagnosing", "tuning", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {
-    "onnx": {"exporters/onnx.py", "exporters/_onnx_translate.py"},
+    "onnx": {"exporters/onnx.py", "exporters/_onnx_translate.py", "exporters/_onnx_double.py"},
     "onnxruntime": {"runners/onnx.py"},
     "onnxruntime_extensions": {"runners/onnx.py"},
     "openvino": {"runners/openvino.py"},
