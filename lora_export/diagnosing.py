@@ -22,7 +22,7 @@ from torch import nn
 from lora_export import exporters, inputs, models, registry, stages, timing
 from lora_export.checks import graph, parity
 from lora_export.codec import to_json
-from lora_export.compare import parted
+from lora_export.compare import parted, valid
 from lora_export.errors import ExportFailed, InputError, first_line, listed
 from lora_export.judging import silent
 from lora_export.records import (
@@ -275,7 +275,7 @@ def located(
     )
     wrong = {verdict.check: verdict for verdict in verdicts if not verdict.passed}
     if "graph" in wrong and not answers[0].error:
-        batch = batches[worst(answers)]
+        batch = batches[worst(answers, evidence)]
         outputs = module_outputs(subject, artifact, path, batch)
         at = parted(outputs)
         return Diagnosis(_said(at, batch), verdicts, outputs, at)
@@ -320,19 +320,22 @@ def _first_wrong_level(evidence: Evidence, artifact: Artifact, path: Path, threa
     return ""
 
 
-def worst(answers: Sequence[GraphAnswer]) -> int:
+def worst(answers: Sequence[GraphAnswer], evidence: Evidence) -> int:
     """Return the place of the batch on which a graph differs most: where to look for the module."""
-    return max(answers, key=_apart).batch
 
+    def apart(answer: GraphAnswer) -> float:
+        batch, found = evidence.batches[answer.batch], [0.0]
+        for name, wanted in answer.expected.items():
+            if name not in answer.found or answer.found[name].shape != wanted.shape:
+                return math.inf
+            off, noise = (
+                _largest(valid(side[name] - wanted, batch, evidence, name))
+                for side in (answer.found, answer.rounded)
+            )
+            found.append(off / max(noise, TINY))
+        return max(found)
 
-def _apart(answer: GraphAnswer) -> float:
-    """Return by how much the worst output of a graph differs, in what float32 costs it."""
-    return max(
-        _largest(answer.found[name] - wanted) / max(_largest(answer.rounded[name] - wanted), TINY)
-        if name in answer.found and answer.found[name].shape == wanted.shape
-        else math.inf
-        for name, wanted in answer.expected.items()
-    )
+    return max(answers, key=apart).batch
 
 
 def _said(at: ModuleOutput | None, batch: Batch) -> str:
@@ -490,8 +493,8 @@ def _spread(mask: Array, shape: Sequence[int], axes: Sequence[int]) -> Array:
 
 
 def _largest(apart: Array) -> float:
-    """Return the largest deviation; infinity where one is NaN, or there are none."""
-    found = float(np.abs(apart).max()) if apart.size else math.inf
+    """Return the largest deviation, infinity where one is NaN."""
+    found = float(np.abs(apart).max(initial=0))
     return found if found <= math.inf else math.inf
 
 
