@@ -274,17 +274,19 @@ def located(
         for found in check.judge(evidence)
     )
     wrong = {verdict.check: verdict for verdict in verdicts if not verdict.passed}
-    if "graph" in wrong and not answers[0].error:
+    found = Diagnosis("nothing parts: " + "; ".join(v.note for v in verdicts), verdicts)
+    if answers and not answers[0].error:
         batch = batches[worst(answers, evidence)]
         outputs = module_outputs(subject, artifact, path, batch)
-        at = parted(outputs)
-        return Diagnosis(_said(at, batch), verdicts, outputs, at)
+        found = replace(found, outputs=outputs)
+        if "graph" in wrong:
+            at = parted(outputs)
+            return replace(found, sentence=_said(at, batch), module=at)
     if "parity" in wrong:
         level = _first_wrong_level(evidence, artifact, path, threads) if answers else ""
-        return Diagnosis(_of_runtime(answers, level, wrong["parity"]), verdicts, level=level)
-    if wrong:
-        return Diagnosis(wrong["graph"].note, verdicts)
-    return Diagnosis("nothing parts: " + "; ".join(v.note for v in verdicts), verdicts)
+        sentence = _of_runtime(answers, level, wrong["parity"])
+        return replace(found, sentence=sentence, level=level)
+    return replace(found, sentence=wrong["graph"].note) if wrong else found
 
 
 def _in_common(subject: Subject, artifact: Artifact) -> Subject:

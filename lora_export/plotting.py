@@ -15,8 +15,10 @@ def error_by_depth(outputs: Sequence[ModuleOutput], at: ModuleOutput | None, pat
     """Draw the error of each module, as they run, and its limit; `at` is where they part.
 
     Raises:
-        InputError: see `figure_for`.
+        InputError: there are no modules; or see `figure_for`.
     """
+    if not outputs:
+        raise InputError("nothing to draw: the artifact's graph was not evaluated in float64")
     figure = figure_for(path)(figsize=(9, 4.5), layout="constrained")
     axes, places = figure.subplots(), range(len(outputs))
     sizes = [one.size or 1.0 for one in outputs]

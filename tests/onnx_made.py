@@ -30,11 +30,10 @@ def arrays_of(path):
     return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 
 
-def subject_of(family, folder, **changes):
-    """The model of a family as it would be loaded from `folder`; `changes` are to its config."""
+def subject_of(family, folder):
+    """The model of a family as it would be loaded from `folder`."""
     model = families.build(family)
-    for name, value in changes.items():
-        setattr(model.config, name, value)
+    model.config.architectures = [type(model).__name__]
     interface = calling.interface_of(model, families.tokens_of(model))
     return stages.Subject(folder, model, None, interface)
 

@@ -35,7 +35,9 @@ def _judged(artifact: str, evidence: Evidence) -> Verdict:
         if answer.error or not 0 <= answer.batch < len(evidence.batches):
             return checks.not_run("graph", artifact, answer.error or "a batch is missing")
     where = parted(one for one in evidence.modules_compared if one.artifact == artifact)
-    names = sorted({name for answer in answers for name in answer.expected}) or [""]
+    names = sorted({name for answer in answers for name in answer.expected})
+    if not names:
+        return checks.not_run("graph", artifact, "the model has no answers")
     judged = [_output(artifact, name, answers, evidence) for name in names]
     worst = max(judged, key=lambda v: (not v.passed, (v.measured or 0) / (v.limit or 1)))
     if where is None or worst.passed:

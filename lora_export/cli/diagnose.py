@@ -71,9 +71,10 @@ def command(
 
 
 def _print(found: "Diagnosis") -> None:
-    place = next((i for i, one in enumerate(found.outputs) if one is found.module), 0)
-    first = max(0, place - AROUND)
-    if shown := found.outputs[first : place + AROUND + 1]:
+    if found.module is not None:
+        place = found.outputs.index(found.module)
+        first = max(0, place - AROUND)
+        shown = found.outputs[first : place + AROUND + 1]
         _shared.print_table(
             ("module", "class", "error", "limit", "value inside", ""),
             [

@@ -29,7 +29,7 @@ class OnnxInDouble:
         for body in (model.graph, *model.functions):
             _widen(body)
         try:
-            self._evaluator = ReferenceEvaluator(model, new_ops=[Erf, GatherElements, Cast])
+            self._evaluator = ReferenceEvaluator(model, new_ops=[Erf, Gelu, GatherElements, Cast])
         except Exception as error:  # it has no class of errors of its own
             raise ExportFailed(f"the graph cannot be evaluated: {first_line(error)}") from error
         self.inputs: list[str] = list(self._evaluator.input_names)
@@ -70,6 +70,16 @@ class Erf(OpRun):
 
     def _run(self, x: Array) -> tuple[Array]:
         return (torch.special.erf(torch.from_numpy(np.ascontiguousarray(x))).numpy(),)
+
+
+class Gelu(OpRun):
+    """The activation; onnx's own is made of its own error function."""
+
+    op_domain = ""
+
+    def _run(self, x: Array, approximate: str = "none") -> tuple[Array]:
+        given = torch.from_numpy(np.ascontiguousarray(x))
+        return (torch.nn.functional.gelu(given, approximate=approximate).numpy(),)
 
 
 class GatherElements(OpRun):
