@@ -201,7 +201,13 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("family", "change", "module"), FAULTS, ids=[f"{f}-{i}" for i, (f, _, _) in enumerate(FAULTS)]
+    ("family", "change", "module"),
+    [
+        pytest.param(
+            *fault, marks=pytest.mark.slow if fault[0] == "llama" else (), id=f"{fault[0]}-{n}"
+        )
+        for n, fault in enumerate(FAULTS)
+    ],
 )
 def test_a_planted_fault_fails_and_is_located(faulty, family, change, module):
     verdict, found = parted(*faulty(family, change))
@@ -250,17 +256,17 @@ def test_the_file_of_another_model_parts_at_its_first_weight(exported, tmp_path)
     with torch.no_grad():
         dict(weights.named_parameters())["model.transformer.h.1.mlp.c_fc.bias"][5] += 1e-3
     changed = tmp_path / "model.pt"
-    torch.jit.save(weights, str(changed), _extra_files={"signature.json": signature_in(path)})
+    torch.jit.save(weights, str(changed), _extra_files=extra_of(path))
     artifact, evidence = evidence_of(subject, changed, batches, "torchscript")
     batch = batches[diagnosing.worst(evidence.graphs, evidence)]
     found = compare.parted(diagnosing.module_outputs(subject, artifact, changed, batch))
     assert (found.module, found.kind) == ("transformer.h.1.mlp.c_fc", "Conv1D")
 
 
-def signature_in(path):
-    extra = {"signature.json": ""}
+def extra_of(path):
+    extra = {"signature.json": "", "lora_export.json": ""}
     torch.jit.load(str(path), _extra_files=extra)
-    return extra["signature.json"]
+    return extra
 
 
 # ---------------------------------------------------------------- what the graph answers
