@@ -305,7 +305,9 @@ def _with(evidence: Evidence, runner: Runner, artifact: Artifact) -> Evidence:
     names, found = {spec.name for spec in artifact.inputs}, []
     for batch in evidence.batches:
         try:
-            answer = runner.run({n: a for n, a in batch.arrays.items() if n in names})
+            answer = runner.run(
+                {n: a for n, a in batch.arrays.items() if artifact.takes_text or n in names}
+            )
         except Exception as error:  # every runtime has its own
             why = f"it does not run on {batch.note}: {first_line(error)}"
             raise ExportFailed(why) from error
@@ -315,6 +317,8 @@ def _with(evidence: Evidence, runner: Runner, artifact: Artifact) -> Evidence:
 
 
 def _first_wrong_level(evidence: Evidence, artifact: Artifact, path: Path, threads: int) -> str:
+    if artifact.takes_text:  # its runner opens the parts of the file, each when it is asked for
+        return ""
     levels = getattr(exporters.load(artifact.format), "levels", lambda *_: ())
     for level, runner in levels(path, threads):
         if not all(v.passed for v in parity.judge(_with(evidence, runner, artifact))):

@@ -1,6 +1,7 @@
 """Faults planted into graphs that were exported rightly: each is found, and at the right module."""
 
 import dataclasses
+import warnings
 
 import numpy as np
 import onnx
@@ -485,6 +486,32 @@ def test_a_file_that_takes_fewer_inputs_and_gives_more_outputs_is_compared(fault
         graph.output.append(onnx.helper.make_tensor_value_info(state, 1, ["batch", 32]))
 
     assert diagnosed(*faulty("bert", foreign)).ok
+
+
+def test_a_file_of_another_exporter_is_understood_without_its_names(tmp_path):
+    """torch's older one traces, and calls its values by paths of its own or by numbers."""
+    subject, path = subject_of("distilbert", tmp_path), tmp_path / "model.onnx"
+    signature = subject.signature
+    names, example = [spec.name for spec in signature.inputs], inputs.example(signature)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            subject.interface.bind(subject.model),
+            tuple(torch.from_numpy(example[name]) for name in names),
+            str(path),
+            input_names=names,
+            output_names=["logits"],
+            dynamic_axes={name: {0: "batch", 1: "sequence"} for name in names},
+            dynamo=False,
+            opset_version=17,
+        )
+    batches = inputs.grid_batches(signature, 3)
+    right = diagnosed(subject, path, batches)
+    assert right.ok
+    assert all(one.agrees for one in right.outputs)
+    edited(path, other_axis)
+    wrong = diagnosed(subject, path, batches)
+    assert wrong.module.module == "distilbert.transformer.layer.1.attention"
 
 
 def test_a_file_with_none_of_the_models_outputs_is_refused(faulty):
