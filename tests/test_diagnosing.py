@@ -10,7 +10,7 @@ import torch
 from families import FAMILIES
 from onnx_made import edited, filled, named, nodes, subject_of
 
-from lora_export import compare, diagnosing, exporters, inputs, models
+from lora_export import compare, diagnosing, exporters, inputs, localising, models
 from lora_export.checks import graph
 from lora_export.errors import ExportFailed, InputError
 from lora_export.records import Evidence, ModuleOutput
@@ -66,7 +66,7 @@ def parted(subject, path, batches):
     artifact, evidence = evidence_of(subject, path, batches)
     (verdict,) = graph.judge(evidence)
     batch = batches[diagnosing.worst(evidence.graphs, evidence)]
-    return verdict, compare.parted(diagnosing.module_outputs(subject, artifact, path, batch))
+    return verdict, compare.parted(localising.module_outputs(subject, artifact, path, batch))
 
 
 # ---------------------------------------------------------------- faults
@@ -237,7 +237,7 @@ def test_a_right_file_agrees_in_every_module_on_every_batch(exported, family, na
     assert verdict.passed, verdict.note
     assert verdict.measured < verdict.limit / 2
     for answer in evidence.graphs:
-        outputs = diagnosing.module_outputs(subject, artifact, path, batches[answer.batch])
+        outputs = localising.module_outputs(subject, artifact, path, batches[answer.batch])
         assert sum(one.agrees for one in outputs) > len(outputs) / 2
         assert compare.parted(outputs) is None
 
@@ -260,7 +260,7 @@ def test_the_file_of_another_model_parts_at_its_first_weight(exported, tmp_path)
     torch.jit.save(weights, str(changed), _extra_files=extra_of(path))
     artifact, evidence = evidence_of(subject, changed, batches, "torchscript")
     batch = batches[diagnosing.worst(evidence.graphs, evidence)]
-    found = compare.parted(diagnosing.module_outputs(subject, artifact, changed, batch))
+    found = compare.parted(localising.module_outputs(subject, artifact, changed, batch))
     assert (found.module, found.kind) == ("transformer.h.1.mlp.c_fc", "Conv1D")
 
 
@@ -308,6 +308,15 @@ def test_a_graph_that_cannot_be_evaluated_gives_an_answer_that_says_so(faulty):
     assert not answer.found
 
 
+@pytest.mark.parametrize("name", ["torchscript", "pt2"])
+def test_an_input_that_the_model_does_not_have_is_an_error_of_the_export(exported, name):
+    _, path, _ = exported({"torchscript": "gpt2", "pt2": "vit"}[name], name)
+    inside = exporters.load(name).in_double(path)
+    for ask in (inside.run, inside.values):
+        with pytest.raises(ExportFailed, match="cannot be evaluated: "):
+            ask({"nobody": np.zeros(1)})
+
+
 def test_a_format_without_evaluation_and_a_narrow_artifact_give_no_answers(exported):
     subject, path, batches = exported("bert")
     artifact = exporters.describe("onnx", path)
@@ -332,34 +341,34 @@ def test_a_value_is_found_with_its_axes_in_another_order_and_reshaped():
         "turned": array.reshape(2, 3, 20).transpose(2, 0, 1) + 1e-9,
         "short": array[:1],
     }
-    name, error = diagnosing._Values(values).nearest(array, np.arange(array.size))
+    name, error = localising._Values(values).nearest(array, np.arange(array.size))
     assert name == "turned"
     assert error == pytest.approx(1e-9, rel=1e-5)
 
 
 def test_of_no_value_of_that_size_nothing_is_nearest():
     array = np.zeros((2, 3))
-    assert diagnosing._Values({"x": np.zeros(5)}).nearest(array, np.arange(6)) == ("", np.inf)
+    assert localising._Values({"x": np.zeros(5)}).nearest(array, np.arange(6)) == ("", np.inf)
 
 
 def test_the_nearest_is_that_of_all_elements_and_not_of_a_few():
     array = np.zeros(10_000)
     near, far = array + 1e-3, array.copy()
     far[4321] = 1  # between the elements that are looked at first
-    values = diagnosing._Values({"far": far, "near": near})
+    values = localising._Values({"far": far, "near": near})
     assert values.nearest(array, np.arange(10_000)) == ("near", pytest.approx(1e-3))
 
 
 def test_a_value_with_nan_is_not_near():
     array = np.zeros(4)
-    values = diagnosing._Values({"x": np.array([0, np.nan, 0, 0])})
+    values = localising._Values({"x": np.array([0, np.nan, 0, 0])})
     assert values.nearest(array, np.arange(4)) == ("", np.inf)
 
 
 def test_padded_places_are_left_out_wherever_the_tokens_are():
     mask = np.array([[1, 1, 1], [1, 0, 0]])
     counted = {
-        shape: len(diagnosing._attended(shape, [mask.astype(bool)]))
+        shape: len(localising._attended(shape, [mask.astype(bool)]))
         for shape in [(2, 3, 5), (6, 5), (2, 4, 3, 5), (2, 5), (7, 3)]
     }
     assert counted == {(2, 3, 5): 20, (6, 5): 20, (2, 4, 3, 5): 80, (2, 5): 10, (7, 3): 21}
@@ -394,12 +403,12 @@ def test_where_all_agree_they_do_not_part():
 
 def judged(errors, feeds, sound=lambda place: True):
     """The place of the module at fault: `feeds` says where the output of each place goes."""
-    kinds = ["Linear"] * (len(errors) - 1) + [diagnosing.OUTPUT]
+    kinds = ["Linear"] * (len(errors) - 1) + [localising.OUTPUT]
     made = [
         ModuleOutput("onnx", f"a.{i}", "", error, 1.0, 1e-6, kind)
         for i, (error, kind) in enumerate(zip(errors, kinds, strict=True))
     ]
-    found = diagnosing._judged(made, lambda place: feeds.get(place, range(place + 1, 9)), sound)
+    found = localising._judged(made, lambda place: feeds.get(place, range(place + 1, 9)), sound)
     at = compare.parted(found)
     return None if at is None else int(at.module[2:])
 

@@ -17,7 +17,7 @@ ORDER = [
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "inputs",
     "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
     "measurements", "codec", "report", "judging", "opening", "inspection", "merged_files", "stages",
-    "plotting", "diagnosing", "tuning", "pipeline", "cli", "__main__",
+    "plotting", "localising", "diagnosing", "tuning", "pipeline", "cli", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {

@@ -7,9 +7,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from lora_export.errors import ExportFailed, first_line
 from lora_export.records import Array
-from lora_export.runners._torch import answers, in_double
+from lora_export.runners._torch import answers, evaluating, in_double
 
 
 class Pt2InDouble:
@@ -36,12 +35,9 @@ class Pt2InDouble:
         return found
 
     def _answers(self, inputs: Mapping[str, Array], values: dict[str, Array]) -> dict[str, Array]:
-        try:
-            return answers(
-                _Watched(self._module, values).run, in_double(inputs), self.inputs, self.outputs
-            )
-        except RuntimeError as error:
-            raise ExportFailed(f"the graph cannot be evaluated: {first_line(error)}") from error
+        call = _Watched(self._module, values).run
+        with evaluating():
+            return answers(call, in_double(inputs), self.inputs, self.outputs)
 
 
 class _Watched(fx.Interpreter):

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from lora_export.errors import ExportFailed, first_line
 from lora_export.records import Array
-from lora_export.runners._torch import answers, in_double
+from lora_export.runners._torch import answers, evaluating, in_double
 
 _FLOAT, _DOUBLE = 6, 7  # torch's numbers for float32 and float64, as a graph has them
 
@@ -22,21 +21,15 @@ class TorchScriptInDouble:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the named outputs for named inputs."""
-        return self._answers(self._whole, inputs, self.outputs)
+        with evaluating():
+            return answers(self._whole, in_double(inputs), self.inputs, self.outputs)
 
     def values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return every float that is computed on the way, by its name in the graph."""
-        call, names = self._watched
-        found = self._answers(call, inputs, names)
+        with evaluating():
+            call, names = self._watched
+            found = answers(call, in_double(inputs), self.inputs, names)
         return {name: array for name, array in found.items() if array.dtype == "float64"}
-
-    def _answers(
-        self, call: Callable[..., Any], inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> dict[str, Array]:
-        try:
-            return answers(call, in_double(inputs), self.inputs, outputs)
-        except RuntimeError as error:
-            raise ExportFailed(f"the graph cannot be evaluated: {first_line(error)}") from error
 
     @functools.cached_property
     def _whole(self) -> Callable[..., Any]:

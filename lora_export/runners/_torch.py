@@ -1,12 +1,14 @@
 """What the runtimes of torch share: calling a module by names."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from lora_export.errors import ExportFailed, first_line
 from lora_export.records import Array, is_float
 
 NOTE = "lora_export.json"  # in a .pt2 archive: names of inputs and outputs, labels, provenance
@@ -23,6 +25,15 @@ def answers(
     found = module(*[torch.from_numpy(arrays[name]) for name in inputs])
     values = found if isinstance(found, tuple) else (found,)
     return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+
+
+@contextlib.contextmanager
+def evaluating() -> Iterator[None]:
+    """Let what torch raises where it cannot evaluate a graph be `ExportFailed`."""
+    try:
+        yield
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ExportFailed(f"the graph cannot be evaluated: {first_line(error)}") from error
 
 
 def in_double(arrays: Mapping[str, Array]) -> dict[str, Array]:
