@@ -3,7 +3,7 @@
 Comparisons are written so that NaN fails; names, shapes and finiteness come before values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import NormalDist
 
 import numpy as np
@@ -15,6 +15,7 @@ from lora_export.records import (
     Batch,
     Distance,
     Evidence,
+    ModuleOutput,
     Recording,
     TensorSpec,
     Timing,
@@ -222,6 +223,17 @@ def tolerance(evidence: Evidence, only: str | None = None) -> float:
         return policy.tolerance
     floor = noise_floor(evidence, only)
     return 0.0 if floor.defect else policy.multiple * floor.largest
+
+
+def parted(outputs: Iterable[ModuleOutput]) -> ModuleOutput | None:
+    """Return the module at which an artifact parts from the model; None where it does not.
+
+    It is the first, as modules run, whose output the artifact does not have, although it has its
+    input, an output of the model is computed from it, and nothing that is computed from it agrees.
+    So a module that a fusion left out is passed over. Where the input differs as well, the fault
+    lies between two modules: in what the module around them computes itself.
+    """
+    return next((found for found in outputs if not found.agrees and not found.excused), None)
 
 
 def ratios(timing: Timing, runner: str, against: str = UNMERGED) -> Array:

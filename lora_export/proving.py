@@ -4,6 +4,7 @@ What is held against what never depends on the side that is under proof: inputs,
 tokenizer are those of the unmerged model, built from base and adapter alone.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import nn
 
 from lora_export import (
     claims,
+    diagnosing,
     exporters,
     fusing,
     inputs,
     loading,
+    localising,
     models,
     observing,
     placing,
@@ -24,7 +27,8 @@ from lora_export import (
     timing,
 )
 from lora_export.calling import interface_of
-from lora_export.errors import InputError, LoraExportError, first_line
+from lora_export.checks import graph, parity
+from lora_export.errors import ExportFailed, InputError, LoraExportError, first_line
 from lora_export.judging import Say, silent
 from lora_export.merged_files import audit
 from lora_export.opening import Job
@@ -40,6 +44,8 @@ from lora_export.records import (
     Claim,
     Evidence,
     Fusion,
+    GraphAnswer,
+    ModuleOutput,
     Placement,
     Policy,
     Recording,
@@ -224,6 +230,20 @@ def _looked_inside(
     placements = _held(subject, made)
     fusions: list[Fusion] = []
     repeats: list[Repeat] = []
+    outputs: list[ModuleOutput] = []
+    graphs: tuple[GraphAnswer, ...] = ()
+    for name, artifact in made.artifacts.items():
+        say(f"evaluating the graph of {name} in float64")
+        place = made.places[name]
+        answers = diagnosing.graph_answers(subject, artifact, place, evidence.batches)
+        graphs += answers
+        # A quick look goes module by module only where that is needed to find a fault.
+        if answers and not (asked.quick and _agrees(replace(evidence, graphs=answers), artifact)):
+            batch = evidence.batches[diagnosing.worst(answers, evidence)]
+            with contextlib.suppress(
+                ExportFailed
+            ):  # its graph cannot be evaluated: `answers` say so
+                outputs += localising.module_outputs(subject, artifact, place, batch)
     for name, artifact in made.artifacts.items() if not asked.quick else ():
         if (form := exporters.form_of(artifact)) is None:
             continue
@@ -231,7 +251,20 @@ def _looked_inside(
         fusions += fusing.fusions(subject, artifact, folder, form)
         say(f"exporting {name} once more")
         repeats.append(observing.repeat(subject, artifact, folder, form))
-    return replace(evidence, placements=placements, fusions=tuple(fusions), repeats=tuple(repeats))
+    return replace(
+        evidence,
+        placements=placements,
+        graphs=graphs,
+        modules_compared=tuple(outputs),
+        fusions=tuple(fusions),
+        repeats=tuple(repeats),
+    )
+
+
+def _agrees(evidence: Evidence, artifact: Artifact) -> bool:
+    """Return whether an artifact computes what it should, as its graph and as it runs."""
+    found = (*graph.judge(evidence), *parity.judge(evidence))
+    return all(verdict.passed for verdict in found if verdict.subject == artifact.format)
 
 
 def _held(subject: Subject, made: Made) -> tuple[Placement, ...]:

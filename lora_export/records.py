@@ -415,6 +415,7 @@ class GraphAnswer:
     expected: Mapping[str, Array]  # of the merged model in float64
     found: Mapping[str, Array]
     error: str = ""  # why the graph could not be evaluated
+    rounded: Mapping[str, Array] = field(default_factory=dict)  # of the merged model in float32
 
 
 @dataclass(frozen=True)
@@ -430,6 +431,15 @@ class ModuleOutput:
     error: float  # deviation of that value from the reference
     size: float  # largest absolute value of the reference
     limit: float  # of `error`, up to which the two are the same
+    kind: str = ""  # the class of the module; "output" of an output of the whole model
+    # Whether it differs through no fault of its own: its input does as well; or what is computed
+    # from it agrees, so that a fusion left it out; or no output is computed from it.
+    excused: bool = False
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the artifact has the module's output."""
+        return self.error <= self.limit
 
 
 @dataclass(frozen=True)

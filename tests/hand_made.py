@@ -22,6 +22,7 @@ from lora_export.records import (
     Evidence,
     FileDigest,
     Fusion,
+    GraphAnswer,
     Measurement,
     Modules,
     Placement,
@@ -109,6 +110,20 @@ def recordings(reference=LOGITS):
         IDLE: recording(IDLE, [logits + 1 for logits in reference]),
         "onnx": recording("onnx", [logits + 2 * NOISE for logits in reference]),
     }
+
+
+def graphs(name="onnx", by=NOISE / 4, rounding=NOISE):
+    """What the graph of an artifact answers in float64: both batches, `by` off the model."""
+    return tuple(
+        GraphAnswer(
+            name,
+            place,
+            expected={"logits": logits},
+            found={"logits": logits + by},
+            rounded={"logits": (logits - rounding).astype(np.float32)},
+        )
+        for place, logits in enumerate(LOGITS)
+    )
 
 
 def timing(rounds=30, **ratios):
@@ -217,6 +232,7 @@ def evidence(**changes):
         fusions=FUSIONS,
         claims=claims(),
         repeats=(repeat(),),
+        graphs=graphs(),
     )
     return dataclasses.replace(made, **changes)
 

@@ -5,7 +5,7 @@ import collections
 import families
 import onnx
 
-from lora_export import calling, exporters, inputs, models
+from lora_export import calling, exporters, inputs, models, stages
 from lora_export.records import Form
 
 
@@ -28,3 +28,33 @@ def counts(path):
 
 def arrays_of(path):
     return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def subject_of(family, folder):
+    """The model of a family as it would be loaded from `folder`."""
+    model = families.build(family)
+    model.config.architectures = [type(model).__name__]
+    interface = calling.interface_of(model, families.tokens_of(model))
+    return stages.Subject(folder, model, None, interface)
+
+
+def edited(path, change):
+    """Make a change to the graph in the file."""
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, path)
+
+
+def named(graph, part):
+    """The one initializer that has `part` in its name."""
+    (found,) = [tensor for tensor in graph.initializer if part in tensor.name]
+    return found
+
+
+def filled(tensor, array):
+    """Put an array in the place of what an initializer holds."""
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array.astype("float32"), tensor.name))
+
+
+def nodes(graph, kind):
+    return [node for node in graph.node if node.op_type == kind]

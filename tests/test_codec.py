@@ -111,7 +111,7 @@ def test_mappings_keep_their_order():
 
 
 def test_records_without_arrays_come_back_equal():
-    found = dataclasses.replace(evidence(), batches=(), recordings={}, alone=())
+    found = dataclasses.replace(evidence(), batches=(), recordings={}, alone=(), graphs=())
     assert _there_and_back(found) == found
 
 

@@ -174,7 +174,7 @@ def test_an_unmerged_model_that_reads_no_sentence_is_an_error(adapter, monkeypat
     ("options", "said"),
     [
         ({"merged": "nothing"}, "no merged model in nothing"),
-        ({"artifacts": ["model.tflite"]}, "named like no artifact"),
+        ({"artifacts": ["model.tflite"]}, "ends in none of"),
         ({"artifacts": ["nothing.onnx"]}, "no artifact at nothing.onnx"),
         ({"policy": Policy(), "artifacts": ["a.onnx", "b.onnx"]}, "no artifact at a.onnx"),
     ],

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from lora_export import registry
 from lora_export.compare import distance, noise_floor, tolerance, wrong_dtype
-from lora_export.records import REFERENCE, Evidence, Status, Verdict
+from lora_export.records import REFERENCE, Distance, Evidence, Status, Verdict
 
 MERGE, EXPORT, RUN, VERIFY = "merge", "export", "run", "verify"  # commands
 TRIAL = "trial"  # one of many candidates, of which `tune` looks for the fastest
@@ -85,14 +85,30 @@ def _output(check: str, subject: str, name: str, evidence: Evidence) -> Verdict:
     found = distance(recordings[REFERENCE], recordings[subject], evidence, name)
     limit = tolerance(evidence, name)
     defect = floor.defect or found.defect or wrong_dtype(recordings[subject], evidence)
-    good = not defect and found.compared > 0 and found.largest <= limit
     place = evidence.batches[found.batch].note if evidence.batches else ""
     note = defect or (
         f"{found.largest / floor.largest:.2f} times the noise floor {floor.largest:.2e}, "
         f"largest at {place}"
     )
+    return within(check, subject, found, limit, defect, note, [f"{name} at {place}"])
+
+
+def within(
+    check: str,
+    subject: str,
+    found: Distance,
+    limit: float,
+    defect: str,
+    note: str,
+    where: Iterable[str] = (),
+) -> Verdict:
+    """Return a pass where something was compared, nothing is wrong with it, and it is near.
+
+    `where` is what is at fault, if anything is.
+    """
+    good = not defect and found.compared > 0 and found.largest <= limit
     if not good and not defect:
         note += f"; a tolerance of {found.largest:.1e} would pass"
     status = Status.PASS if good else Status.FAIL
-    where = () if good else (f"{name} at {place}",)
-    return Verdict(check, subject, status, found.largest, limit, "abs", found.compared, note, where)
+    named = () if good else tuple(where)
+    return Verdict(check, subject, status, found.largest, limit, "abs", found.compared, note, named)

@@ -17,6 +17,10 @@ To add a format, add one file here with:
                                             `path` and `path.*`
     running(path) -> Mapping[str, int]      optional: how often each operator is in the graph as its
                                             runtime runs it
+    in_double(path) -> InDouble             optional: its graph, evaluated in float64; raises
+                                            `ExportFailed`
+    levels(path, threads)                   optional: names and runners of what its runtime makes of
+                                            the graph, from the plainest on
     require()                               optional: raises where what writes or runs it is not
                                             there on this machine
 
@@ -30,7 +34,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from lora_export import environment, registry, storage
 from lora_export.errors import InputError, LoraExportError
@@ -84,6 +88,21 @@ class Contents:
     operators: Mapping[str, int] = field(default_factory=dict)  # how often each is in the graph
 
 
+class InDouble(Protocol):
+    """The graph of an artifact in float64: what it means, without what a runtime rounds.
+
+    Both raise `ExportFailed` where the graph cannot be evaluated.
+    """
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the named outputs for named inputs; what the graph does not take is left out."""
+        ...
+
+    def values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Return every float that the graph computes, by its name inside."""
+        ...
+
+
 def names() -> tuple[str, ...]:
     """Return the known artifact formats: the files of this folder."""
     return registry.names(__name__)
@@ -115,7 +134,7 @@ def artifacts_in(folder: Path) -> tuple[Path, ...]:
     """Return the files in `folder` that are named as an exporter names them."""
     if not folder.is_dir():
         return ()
-    return tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _format_of(file))
+    return tuple(file for file in sorted(folder.iterdir()) if file.is_file() and _known(file))
 
 
 def by_format(paths: Iterable[Path]) -> dict[str, Path]:
@@ -126,10 +145,7 @@ def by_format(paths: Iterable[Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in paths:
-        name = _format_of(path)
-        if not name:
-            suffixes = ", ".join(load(known).SUFFIX for known in names())
-            raise InputError(f"{path} is named like no artifact; known: {suffixes}")
+        name = format_of(path)
         if not path.is_file():
             raise InputError(f"no artifact at {path}")
         if name in found:
@@ -140,8 +156,16 @@ def by_format(paths: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
-def _format_of(path: Path) -> str:
-    """Return the format whose suffix `path` has, the longest of them; "" where there is none."""
+def format_of(path: Path) -> str:
+    """Return the format whose suffix `path` has; raises `InputError` where it has none of them."""
+    if not (known := _known(path)):
+        suffixes = ", ".join(load(name).SUFFIX for name in names())
+        raise InputError(f"{path.name} ends in none of {suffixes}")
+    return known
+
+
+def _known(path: Path) -> str:
+    """Return the format with the longest suffix that `path` has; "" where there is none."""
     fitting = [name for name in names() if path.name.endswith(load(name).SUFFIX)]
     return max(fitting, key=lambda name: len(load(name).SUFFIX), default="")
 

@@ -21,6 +21,7 @@ from lora_export.exporters import (
     Contents,
     Request,
     _onnx_choose,
+    _onnx_double,
     _onnx_graph,
     _onnx_speed,
     _onnx_text,
@@ -29,8 +30,9 @@ from lora_export.exporters import (
 )
 from lora_export.exporters._onnx_graph import Model
 from lora_export.exporters._program import traced
-from lora_export.records import Array, Signature, TensorSpec
-from lora_export.runners.onnx import DATA, refuse_other_data, write_as_run
+from lora_export.records import TEXT, Array, Signature, TensorSpec
+from lora_export.runners import _onnx_text as parts
+from lora_export.runners.onnx import DATA, LEVELS, OnnxRunner, refuse_other_data, write_as_run
 from lora_export.runners.onnx import open_runner as open_runner
 
 SUFFIX = ".onnx"
@@ -158,6 +160,27 @@ def tensors(path: Path) -> Iterator[tuple[str, Array]]:
         yield from _onnx_graph.constants(ir.load(path))
     except Exception as error:  # protobuf and readers of data beside it raise as it comes
         raise ExportFailed(f"cannot read {path.name}: {first_line(error)}") from error
+
+
+def levels(path: Path, threads: int) -> Iterator[tuple[str, OnnxRunner]]:
+    """Yield a runner for each level of onnxruntime's rewriting, beginning with none at all."""
+    for level in LEVELS:
+        yield level, OnnxRunner(path, threads, level=level)
+
+
+def in_double(path: Path) -> _onnx_double.OnnxInDouble:
+    """Return the graph at `path` in float64; of one that takes text, from the token ids on.
+
+    Raises:
+        ExportFailed: onnx cannot read it, or does not know one of its operators.
+    """
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # protobuf's own class of errors is not onnx's
+        raise ExportFailed(f"{path.name} is no ONNX file: {first_line(error)}") from error
+    if any(value.name == TEXT for value in model.graph.input):
+        model = onnx.ModelProto.FromString(parts.back(path))
+    return _onnx_double.OnnxInDouble(model)
 
 
 def _data_names(model: onnx.ModelProto) -> set[str]:

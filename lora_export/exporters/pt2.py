@@ -10,6 +10,7 @@ from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
 from lora_export.exporters._program import as_text, captured, declared, from_text
+from lora_export.exporters._pt2_double import Pt2InDouble
 from lora_export.records import Array
 from lora_export.runners._torch import NOTE
 from lora_export.runners.pt2 import loaded
@@ -74,3 +75,10 @@ def tensors(path: Path) -> Iterator[tuple[str, Array]]:
     for name, value in {**program.state_dict, **program.constants}.items():
         if isinstance(value, torch.Tensor):
             yield name, as_array(value)
+
+
+def in_double(path: Path) -> Pt2InDouble:
+    """Return the program at `path` in float64; raises as `inspect` does."""
+    program, text = loaded(path)
+    inputs, outputs, _ = from_text(text)
+    return Pt2InDouble(program, [s.name for s in inputs], [s.name for s in outputs])

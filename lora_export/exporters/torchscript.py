@@ -16,6 +16,7 @@ import torch
 from lora_export import models
 from lora_export.errors import ExportFailed, first_line
 from lora_export.exporters import Contents, Request
+from lora_export.exporters._torchscript_double import TorchScriptInDouble
 from lora_export.records import Array, TensorSpec
 from lora_export.runners.torchscript import SIGNATURE_FILE
 from lora_export.runners.torchscript import open_runner as open_runner
@@ -96,6 +97,12 @@ def tensors(path: Path) -> Iterator[tuple[str, Array]]:
     for node in graph.findAllNodes("prim::Constant"):
         if node.hasAttribute("value") and node.kindOf("value") == "t":
             yield node.output().debugName(), as_array(node.t("value"))
+
+
+def in_double(path: Path) -> TorchScriptInDouble:
+    """Return the module at `path` in float64; raises `ExportFailed` where torch cannot load it."""
+    runner = open_runner(path, 1)
+    return TorchScriptInDouble(runner.module, runner.inputs, runner.outputs)
 
 
 def _loaded(path: Path) -> tuple[Any, dict[str, str]]:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lora_export.compare import axes_of, deciding, noise_floor, valid
+from lora_export.compare import axes_of, deciding, noise_floor, parted, valid
 from lora_export.records import MERGED, REFERENCE, UNMERGED, Array, Evidence, Recording
 
 WIDTH = 5.0  # inches of 72 pixels: what a phone shows without making the letters smaller
@@ -81,7 +81,7 @@ def _errors(evidence: Evidence) -> Iterator[Plot]:
     artifacts = dict.fromkeys(module.artifact for module in evidence.modules_compared)
     for artifact in artifacts:
         known = [m for m in evidence.modules_compared if m.artifact == artifact]
-        errors = np.array([m.error if m.value else np.nan for m in known])
+        errors = np.array([m.error if m.value and not m.excused else np.nan for m in known])
         limits = np.array([m.limit for m in known])
         positive = np.concatenate([errors, limits])
         positive = positive[np.isfinite(positive) & (positive > 0)]
@@ -94,15 +94,15 @@ def _errors(evidence: Evidence) -> Iterator[Plot]:
             depth, np.maximum(errors, least), color=_SERIES[0], marker=".", label="deviation"
         )
         axes.semilogy(depth, np.maximum(limits, least), color=_LIMIT, ls="--", label="limit")
-        bad = np.flatnonzero((errors > limits) | np.isposinf(errors))
-        if bad.size:
-            axes.axvline(float(bad[0]), color=_LIMIT, lw=0.8)
+        at = parted(known)
+        if at is not None:
+            axes.axvline(float(known.index(at)), color=_LIMIT, lw=0.8)
         axes.set_xlabel("module, in the order in which they run")
         axes.set_ylabel("largest deviation")
         axes.legend()
         where = (
-            f"It parts from the reference at {known[bad[0]].module}, with {errors[bad[0]]:.1e}."
-            if bad.size
+            f"It parts from the reference at {at.module}, with {at.error:.1e}."
+            if at is not None
             else "None is outside its limit."
         )
         yield _plot(

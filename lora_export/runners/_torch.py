@@ -1,12 +1,15 @@
 """What the runtimes of torch share: calling a module by names."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from lora_export.records import Array
+from lora_export.errors import ExportFailed, first_line
+from lora_export.records import Array, is_float
 
 NOTE = "lora_export.json"  # in a .pt2 archive: names of inputs and outputs, labels, provenance
 
@@ -22,6 +25,20 @@ def answers(
     found = module(*[torch.from_numpy(arrays[name]) for name in inputs])
     values = found if isinstance(found, tuple) else (found,)
     return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+
+
+@contextlib.contextmanager
+def evaluating() -> Iterator[None]:
+    """Let what torch raises where it cannot evaluate a graph be `ExportFailed`."""
+    try:
+        yield
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ExportFailed(f"the graph cannot be evaluated: {first_line(error)}") from error
+
+
+def in_double(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return `arrays`, those of floats in float64."""
+    return {name: a.astype(np.float64) if is_float(a) else a for name, a in arrays.items()}
 
 
 def precision_of(module: nn.Module) -> str:

@@ -12,6 +12,8 @@ from lora_export import registry, storage
 from lora_export.errors import ExportFailed, InputError, first_line
 from lora_export.records import LABEL, PROBABILITIES, TEXT, Array
 
+# How far onnxruntime rewrites a graph, from not at all to all that it can.
+LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 EXTRA = "pip install 'lora-export[text]'"
 DATA = "lora_export.data"  # metadata: name and digest of the file of weights
 _TEXT_DOMAIN = "ai.onnx.contrib"  # of the operators on text
@@ -63,9 +65,15 @@ class OnnxRunner:
 
     name = "onnx"
 
-    def __init__(self, model: Path | bytes, threads: int, library: str = "") -> None:
-        """Open the file or the bytes `model`; raises `ExportFailed` where onnxruntime cannot."""
+    def __init__(
+        self, model: Path | bytes, threads: int, library: str = "", level: str = LEVELS[-1]
+    ) -> None:
+        """Open the file or the bytes `model`; raises `ExportFailed` where onnxruntime cannot.
+
+        Graphs are rewritten for speed as far as the `level` says, one of `LEVELS`.
+        """
         options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         if library:
             options.register_custom_ops_library(library)
         options.intra_op_num_threads = threads
