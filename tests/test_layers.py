@@ -17,7 +17,8 @@ ORDER = [
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "inputs",
     "generating", "calling", "exporters", "timing", "footprint", "candidates", "checks",
     "measurements", "codec", "report", "certificates", "comparing", "judging", "opening",
-    "inspection", "merged_files", "stages", "tuning", "pipeline", "cli", "__main__",
+    "inspection", "merged_files", "stages", "tuning", "pipeline", "cli", "pytest_plugin",
+    "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {
@@ -30,6 +31,7 @@ HOMES = {
     "click": {"cli"},
     "rich": {"cli"},
     "peft": set(),
+    "pytest": {"pytest_plugin.py"},
     "jsonschema": {"certificates.py"},
     "jinja2": {"report/html.py"},
     "matplotlib": {"report/_plots.py"},
