@@ -167,8 +167,9 @@ def test_every_input_becomes_an_option_that_exists(tmp_path):
     given = {"adapter": "a b", "base": "b", "data": "d.tsv", "out": "o", "formats": "onnx pt2",
              "arguments": "--seed 7\n--tied untie"}  # fmt: skip
     found = parsed(Job(tmp_path, given, "").words())
-    assert {"adapter": Path("a b"), "base": "b", "data": Path("d.tsv"), "out": Path("o"),
-            "formats": ("onnx", "pt2"), "seed": 7, "tied": "untie"}.items() <= found.items()  # fmt: skip
+    wanted = {"adapter": Path("a b"), "base": "b", "data": Path("d.tsv"), "out": Path("o"),
+              "formats": ("onnx", "pt2"), "seed": 7, "tied": "untie"}  # fmt: skip
+    assert wanted.items() <= found.items()
 
 
 def test_what_is_not_given_is_left_to_the_command(tmp_path):
@@ -233,6 +234,17 @@ def test_the_action_is_well_written():
 def test_a_badly_written_action_would_be_found(old, new, fault):
     assert old in ACTION
     assert fault in faults(ACTION.replace(old, new))
+
+
+def test_its_document_has_its_inputs():
+    text = (FILE.parent / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| (?:`([^`]*)` |[^|]*)\|", text, re.M)
+    inputs = yaml.safe_load(ACTION)["inputs"]
+    assert [name for name, _ in rows] == list(inputs)
+    stated = [(name, default) for name, default in rows if default and name != "formats"]
+    assert stated == [
+        (name, about["default"]) for name, about in inputs.items() if about.get("default")
+    ]
 
 
 def test_the_example_uses_what_the_action_has_and_may_write_in_one_job_only(tmp_path):
