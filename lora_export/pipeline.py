@@ -31,6 +31,8 @@ from lora_export.errors import InputError
 from lora_export.judging import Say, certify, publish_evidence, silent
 from lora_export.opening import Job, Options, open_job
 from lora_export.records import (
+    MERGED,
+    REFERENCE,
     Artifact,
     Certificate,
     Evidence,
@@ -188,9 +190,8 @@ def check_files(
             then, now = certificates.read(folder).outputs, judging.files_in(folder)
         evidence = dataclasses.replace(observed, files=then, files_now=now)
         say("judging")
-        scope = checks.QUICK if quick else checks.RUN
         settings = _settings(truth, evidence)
-        certificate = certify(evidence, scope, command, job.inputs(source), settings, threads)
+        certificate = certify(evidence, asked.scope, command, job.inputs(source), settings, threads)
         if out is None:
             return certificate
         with publishing.staged(Path(out), overwrite=overwrite) as place:
@@ -236,6 +237,7 @@ def export_file(
     seed: int = 0,
     cache: bool = True,
     calibration: str | Path | None = None,
+    policy: Policy | None = None,
     command: str = "lora_export.export_file",
     say: Say = silent,
     **form: Any,
@@ -251,6 +253,7 @@ def export_file(
         seed: Of the generated inputs and of the order of timing.
         cache: Whether the artifact of a model that generates takes and gives its cache.
         calibration: Sentences to find ranges and sensitive layers on; None takes the shipped set.
+        policy: Limits of the checks.
         command: What to record as the command that was run.
         say: Called with the name of each stage as it begins.
         form: Fields of `records.Form`.
@@ -295,7 +298,13 @@ def export_file(
             path.parent,
             measured=tuple(cost),
             replies=stages.replies(subject, runner, batches) if wanted.text else (),
+            policy=policy or Policy(),
         )
+        reference = subject.runner(REFERENCE, stages.exact(subject.model))
+        for one in (reference, subject.runner(MERGED), runner):
+            if one.name not in evidence.recordings or not evidence.recordings[one.name].errors:
+                evidence = proving.observe_runner(evidence, one, checks.EXPORT)
+        evidence = proving.look_inside(evidence, subject, artifact, path, checks.EXPORT, say)
         digests = (*storage.digest_tree(source), *map(storage.digest, inputs.files(given)))
         settings: dict[str, Any] = {"seed": seed, "inputs": inputs.summary(batches), **vars(wanted)}
         settings["runtimes"] = stages.settings_of([runner], threads)

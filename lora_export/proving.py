@@ -5,7 +5,7 @@ tokenizer are those of the unmerged model, built from base and adapter alone.
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lora_export import (
+    checks,
     claims,
     diagnosing,
     exporters,
@@ -41,15 +42,13 @@ from lora_export.records import (
     Alone,
     Artifact,
     Batch,
-    Claim,
     Evidence,
     Fusion,
-    GraphAnswer,
     ModuleOutput,
-    Placement,
     Policy,
     Recording,
     Repeat,
+    Signature,
     WeightAudit,
     Written,
 )
@@ -66,6 +65,11 @@ class Asked:
     seed: int = 0
     quick: bool = False  # fewer inputs; nothing timed, exported again or written
     policy: Policy = field(default_factory=Policy)
+
+    @property
+    def scope(self) -> str:
+        """Which checks are asked."""
+        return checks.QUICK if self.quick else checks.RUN
 
     @property
     def stated(self) -> dict[str, Any]:
@@ -131,9 +135,15 @@ def truth_of(job: Job, unmerged: nn.Module, asked: Asked, *, cache: bool = True)
             name: replace(one, outputs=tuple(one.outputs[place] for place in kept), errors=())
             for name, one in recordings.items()
         },
-        observing.alone(reference, batches, subject.signature),
-        _written(reference, subject, asked, batches, (True,)),
+        *_observed(reference, subject.signature, batches, asked.scope),
     )
+
+
+def _observed(
+    runner: Runner, signature: Signature, batches: tuple[Batch, ...], scope: str
+) -> tuple[tuple[Alone, ...], tuple[Written, ...]]:
+    found = observe_runner(Evidence(signature=signature, batches=batches), runner, scope)
+    return found.alone, found.written
 
 
 def made_of(job: Job, merged: Path, places: Mapping[str, Path]) -> Made:
@@ -176,88 +186,83 @@ def observe(truth: Truth, made: Made, *, threads: int, say: Say = silent) -> Evi
         recordings=recordings,
         policy=truth.asked.policy,
         runtimes=stages.settings_of((timed | judged).values(), threads),
-        claims=_claims(subject, made, truth.job),
-        alone=truth.alone
-        + tuple(a for r in sound.values() for a in observing.alone(r, truth.batches, signature)),
-        written=truth.written
-        + tuple(
-            text
-            for runner in sound.values()
-            for text in _written(runner, truth.subject, truth.asked, truth.batches, (True, False))
-        ),
+        claims=claims.of_merged(truth.job, made.folder),
+        alone=truth.alone,
+        written=truth.written,
     )
+    for runner in sound.values():
+        evidence = observe_runner(evidence, runner, truth.asked.scope)
     if subject is not None:
-        evidence = _looked_inside(evidence, subject, made, truth.asked, say)
-    if truth.asked.quick:
+        for name, artifact in made.artifacts.items():
+            place = made.places[name]
+            evidence = look_inside(evidence, subject, artifact, place, truth.asked.scope, say)
+    if "latency" not in checks.asked_by(truth.asked.scope):
         return evidence
     say("timing")
     timings = timing.measure(timed | sound, signature, threads=threads, seed=truth.asked.seed)
     return replace(evidence, timings=timings)
 
 
-def _written(
-    runner: Runner, subject: Subject, asked: Asked, batches: Sequence[Batch], ways: Iterable[bool]
-) -> tuple[Written, ...]:
-    """Return what `runner` writes, with the cache and without, where the model does."""
-    if asked.quick or not subject.signature.has_cache:
-        return ()
-    signature = subject.signature
-    try:
-        return tuple(
-            observing.written(runner, signature, batches, cached=cached) for cached in ways
-        )
-    except Exception:  # runtimes raise as it comes; nothing written is no pass
-        return ()
+def observe_runner(evidence: Evidence, runner: Runner, scope: str) -> Evidence:
+    """Return `evidence` with rows that were passed alone, and what was written, as `scope` asks."""
+    signature, batches = evidence.signature, evidence.batches
+    assert signature is not None
+    wanted = checks.asked_by(scope)
+    alone = observing.alone(runner, batches, signature) if "batch_invariant" in wanted else ()
+    texts: tuple[Written, ...] = ()
+    if "generation" in wanted and signature.has_cache:
+        ways = (True,) if runner.name == REFERENCE else (True, False)
+        with contextlib.suppress(Exception):  # runtimes raise as it comes; no text is no pass
+            texts = tuple(observing.written(runner, signature, batches, cached=way) for way in ways)
+    return replace(evidence, alone=evidence.alone + alone, written=evidence.written + texts)
 
 
-def _claims(subject: Subject | None, made: Made, job: Job) -> tuple[Claim, ...]:
-    found = claims.of_merged(job, made.folder)
-    if subject is None:
-        return found
-    about = stages.about(subject)
-    return found + tuple(
-        claim
-        for name, artifact in made.artifacts.items()
-        for claim in claims.of_artifact(artifact, about, made.folder, made.places[name].parent)
-    )
-
-
-def _looked_inside(
-    evidence: Evidence, subject: Subject, made: Made, asked: Asked, say: Say
+def look_inside(
+    evidence: Evidence,
+    subject: Subject,
+    artifact: Artifact,
+    place: Path,
+    scope: str,
+    say: Say = silent,
 ) -> Evidence:
-    """Return `evidence` with what stands inside the artifacts, and what a second export gives."""
-    say("looking at the tensors inside")
-    placements = _held(subject, made)
-    fusions: list[Fusion] = []
-    repeats: list[Repeat] = []
-    outputs: list[ModuleOutput] = []
-    graphs: tuple[GraphAnswer, ...] = ()
-    for name, artifact in made.artifacts.items():
-        say(f"evaluating the graph of {name} in float64")
-        place = made.places[name]
-        answers = diagnosing.graph_answers(subject, artifact, place, evidence.batches)
-        graphs += answers
-        # A quick look goes module by module only where that is needed to find a fault.
-        if answers and not (asked.quick and _agrees(replace(evidence, graphs=answers), artifact)):
-            batch = evidence.batches[diagnosing.worst(answers, evidence)]
-            with contextlib.suppress(
-                ExportFailed
-            ):  # its graph cannot be evaluated: `answers` say so
-                outputs += localising.module_outputs(subject, artifact, place, batch)
-    for name, artifact in made.artifacts.items() if not asked.quick else ():
-        if (form := exporters.form_of(artifact)) is None:
-            continue
-        folder = made.places[name].parent
-        fusions += fusing.fusions(subject, artifact, folder, form)
-        say(f"exporting {name} once more")
-        repeats.append(observing.repeat(subject, artifact, folder, form))
+    """Return `evidence` with what stands inside the artifact at `place`, as `scope` asks.
+
+    `subject` is the merged model that it was made from.
+
+    Raises:
+        ExportFailed: the artifact cannot be read.
+    """
+    wanted, folder = checks.asked_by(scope), place.parent
+    say(f"looking into {artifact.format}")
+    placements = placing.placements_of(
+        subject.model, subject.interface, subject.folder, artifact, place
+    )
+    said = claims.of_artifact(artifact, stages.about(subject), subject.folder, folder)
+    answers = diagnosing.graph_answers(subject, artifact, place, evidence.batches)
+    outputs: tuple[ModuleOutput, ...] = ()
+    # It costs as much again, so a quick look goes module by module only where there is a fault.
+    if answers and (
+        scope == checks.RUN or not _agrees(replace(evidence, graphs=answers), artifact)
+    ):
+        batch = evidence.batches[diagnosing.worst(answers, evidence)]
+        with contextlib.suppress(ExportFailed):  # it cannot be evaluated, as `answers` say
+            outputs = localising.module_outputs(subject, artifact, place, batch)
+    fusions: tuple[Fusion, ...] = ()
+    repeats: tuple[Repeat, ...] = ()
+    form = exporters.form_of(artifact)
+    if form is not None and "fusions" in wanted:
+        fusions = fusing.fusions(subject, artifact, folder, form)
+    if form is not None and "reproducible" in wanted:
+        say(f"exporting {artifact.format} once more")
+        repeats = (observing.repeat(subject, artifact, folder, form),)
     return replace(
         evidence,
-        placements=placements,
-        graphs=graphs,
-        modules_compared=tuple(outputs),
-        fusions=tuple(fusions),
-        repeats=tuple(repeats),
+        placements=evidence.placements + placements,
+        claims=evidence.claims + said,
+        graphs=evidence.graphs + answers,
+        modules_compared=evidence.modules_compared + outputs,
+        fusions=evidence.fusions + fusions,
+        repeats=evidence.repeats + repeats,
     )
 
 
@@ -265,17 +270,6 @@ def _agrees(evidence: Evidence, artifact: Artifact) -> bool:
     """Return whether an artifact computes what it should, as its graph and as it runs."""
     found = (*graph.judge(evidence), *parity.judge(evidence))
     return all(verdict.passed for verdict in found if verdict.subject == artifact.format)
-
-
-def _held(subject: Subject, made: Made) -> tuple[Placement, ...]:
-    """Return where the artifacts have the tensors of the merged model."""
-    return tuple(
-        placement
-        for name, artifact in made.artifacts.items()
-        for placement in placing.placements_of(
-            subject.model, subject.interface, made.folder, artifact, made.places[name]
-        )
-    )
 
 
 def _merged_subject(truth: Truth, made: Made) -> tuple[Subject | None, str]:

@@ -19,7 +19,7 @@ ORDER = [
     "candidates", "checks", "measurements", "codec", "report", "certificates", "comparing",
     "judging", "replaying", "opening", "inspection", "merged_files", "claims", "stages", "fusing",
     "observing", "plotting", "localising", "diagnosing", "proving", "tuning", "pipeline", "cli",
-    "__main__",
+    "pytest_plugin", "__main__",
 ]  # fmt: skip
 # Heavy or replaceable packages, and the only places that may know them.
 HOMES = {
@@ -32,6 +32,7 @@ HOMES = {
     "click": {"cli"},
     "rich": {"cli"},
     "peft": set(),
+    "pytest": {"pytest_plugin.py"},
     "jsonschema": {"certificates.py"},
     "jinja2": {"report/html.py"},
     "matplotlib": {"plotting.py", "report/_plots.py"},

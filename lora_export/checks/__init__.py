@@ -26,6 +26,11 @@ def names() -> tuple[str, ...]:
     return registry.names(__name__)
 
 
+def asked_by(scope: str) -> set[str]:
+    """Return the names of the checks that `scope` asks."""
+    return {name for name in names() if scope in registry.load(__name__, name).SCOPES}
+
+
 def judge(evidence: Evidence, scope: str) -> tuple[Verdict, ...]:
     """Return the verdicts of every check that belongs to `scope`, in order of their names."""
     found: list[Verdict] = []

@@ -20,6 +20,7 @@ def _export(ctx: click.Context, name: str, options: dict[str, Any]) -> None:
         options["out"] = options["out"] or Path(
             f"model{registry.load(registry.EXPORTERS, name).SUFFIX}"
         )
+        options["policy"] = _shared.policy(options)
         certificate = pipeline.export_file(name, **options, command=_shared.invoked(), say=say)
     ctx.exit(_shared.finish(certificate, as_json=as_json, written=options["out"]))
 
@@ -80,6 +81,7 @@ def _with_options(function: Any) -> Any:
         _shared.overwrite_option,
         _shared.seed_option,
         _shared.cache_option,
+        _shared.limit_options,
         _text,
         _external_data,
         _optimize,

@@ -6,6 +6,8 @@ the evidence; where there is none, evidence is None.
 
 from lora_export import registry
 from lora_export.records import Certificate, Evidence
+from lora_export.report._wording import reasons as reasons
+from lora_export.report._wording import verdicts as verdicts
 
 
 def names() -> tuple[str, ...]:

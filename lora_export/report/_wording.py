@@ -16,6 +16,20 @@ def outcome(certificate: Certificate) -> str:
     return f"{claim}: {passed} of {len(certificate.verdicts)} verdicts pass"
 
 
+def verdicts(certificate: Certificate) -> tuple[Verdict, ...]:
+    """Return the verdicts, or one that is no pass where there are none."""
+    nothing = Verdict("certificate", "verdicts", Status.NOT_RUN, None, None, "", 0, "no verdicts")
+    return certificate.verdicts or (nothing,)
+
+
+def reasons(verdict: Verdict) -> list[str]:
+    """Return why `verdict` is no pass, a line each: note, figures, the limit that helps, places."""
+    found = [verdict.note, f"measured {number(verdict.measured)}, limit {limit(verdict)}"]
+    if (enough := would_pass(verdict)) is not None:
+        found.append(f"a limit of {number(enough)} would have passed")
+    return [line for line in (*found, *verdict.where) if line]
+
+
 def failing(certificate: Certificate) -> list[Verdict]:
     """Return the verdicts that are no pass, those that failed first."""
     bad = [verdict for verdict in certificate.verdicts if not verdict.passed]

@@ -15,9 +15,7 @@ _FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 def render(certificate: Certificate, evidence: Evidence | None = None) -> str:
     """Return the certificate as a JUnit file; files and environment are its properties."""
-    verdicts = certificate.verdicts or (
-        Verdict("certificate", "verdicts", Status.NOT_RUN, None, None, "", 0, "no verdicts"),
-    )
+    verdicts = _wording.verdicts(certificate)
     statuses = [verdict.status for verdict in verdicts]
     failures = statuses.count(Status.FAIL)
     counts = {
@@ -49,14 +47,10 @@ def _add(suite: ElementTree.Element, verdict: Verdict) -> None:
         ElementTree.SubElement(case, "system-out").text = _allowed(verdict.note)
         return
     kind = "failure" if verdict.status is Status.FAIL else "error"
-    measured = f"measured {_wording.number(verdict.measured)}, limit {_wording.limit(verdict)}"
-    message = f"{verdict.status}: {verdict.note or measured}"
+    reasons = _wording.reasons(verdict)
+    message = f"{verdict.status}: {reasons[0]}"
     attributes = {"type": str(verdict.status), "message": _allowed(message)}
-    found = ElementTree.SubElement(case, kind, attributes)
-    lines = [measured, verdict.note, *verdict.where]
-    if (limit := _wording.would_pass(verdict)) is not None:
-        lines.insert(1, f"a limit of {_wording.number(limit)} would have passed")
-    found.text = _allowed("\n".join(line for line in lines if line))
+    ElementTree.SubElement(case, kind, attributes).text = _allowed("\n".join(reasons))
 
 
 def _allowed(text: str) -> str:
