@@ -17,6 +17,7 @@ those of time by all checks, with fewer rounds of timing.
 
     caught      a verdict that passes on the correct run fails
     refused     the library does not take the files at all, and says why
+    crashed     the library stops with an error that is none of its own: a fault in the library
     not proven  such a verdict is inconclusive or could not be made: no pass, but no fault found
     missed      every verdict that passes on the correct run still passes
     located     a failing verdict, or the refusal, names the place of the fault
@@ -31,6 +32,7 @@ base, seeds and threads are judged, and every verdict that is no pass is a false
 Writes fault_injection.jsonl (one line for each fault) and fault_injection.md into --out.
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -101,7 +103,8 @@ WIDTH, LAYERS, LONGEST, VOCABULARY = 64, 3, 64, 320
 USUAL = {"a": {"atol": 1e-3, "rtol": 0}, "b": {"atol": 1e-5, "rtol": 0}, "c": {}}
 # Fewer rounds, for faults that only time shows: a planted sleep is no matter of percents.
 BRISK = {"LEAST_ROUNDS": 10, "MOST_ROUNDS": 20, "MOST_SECONDS": 3.0}
-CAUGHT, REFUSED, UNPROVEN, MISSED = "caught", "refused", "not proven", "missed"
+CAUGHT, REFUSED, CRASHED = "caught", "refused", "crashed"
+UNPROVEN, MISSED = "not proven", "missed"
 Tensors = dict[str, Array]
 Plant = Callable[[Path], None]
 
@@ -201,16 +204,14 @@ class Subject:
         """Whether it generates text."""
         return self.truth.subject.signature.has_cache
 
-    def observed(
-        self, folder: Path, kinds: Sequence[str], scope: str, model: nn.Module | None = None
-    ) -> Evidence:
+    def observed(self, folder: Path, kinds: Sequence[str], scope: str) -> Evidence:
         """Return the evidence on the files in `folder`, as `check` collects it."""
         places = {kind: folder / FILES[kind] for kind in kinds}
         made = proving.made_of(self.truth.job, folder / MERGED, places)
         asked = replace(self.truth.asked, quick=scope == checks.QUICK)
         truth = replace(self.truth, asked=asked)
         with mock.patch.multiple(timing, **BRISK):
-            return proving.observe(truth, replace(made, model=model), threads=self.threads)
+            return proving.observe(truth, made, threads=self.threads)
 
     def passed(self, kinds: Sequence[str], scope: str) -> set[tuple[str, str]]:
         """Return which claims pass on the correct run."""
@@ -225,7 +226,7 @@ def inject_fault(fault: Fault, subject: Subject) -> Found:
     begun = time.perf_counter()
     passing = subject.passed(fault.formats, fault.scope)
     usual = None
-    with tempfile.TemporaryDirectory(dir=subject.run.parent) as place, wrapped(fault.wrap):
+    with tempfile.TemporaryDirectory(dir=subject.run.parent) as place, wrapped(fault.wrap), muted():
         folder = Path(place) / "run"
         shutil.copytree(subject.run, folder, copy_function=os.link)
         fault.plant(folder)
@@ -235,13 +236,20 @@ def inject_fault(fault: Fault, subject: Subject) -> Found:
             evidence = subject.observed(folder, fault.formats, fault.scope)
             evidence = fault.alter(evidence) if fault.alter else evidence
             found = outcome(fault, passing, checks.judge(evidence, fault.scope))
-        except LoraExportError as error:
-            located = any(is_named(name, str(error)) for name in fault.names)
-            kind = type(error).__name__
-            said = ({"check": kind, "note": str(error).replace(place, "")[:500]},)
-            found = Found(fault.kind, fault.subject, fault.place, REFUSED, (kind,), located,
-                          (kind,) if located else (), said=said)  # fmt: skip
+        except Exception as error:
+            found = stopped(fault, error, place)
     return replace(found, usual=usual, seconds=round(time.perf_counter() - begun, 2))
+
+
+def stopped(fault: Fault, error: Exception, place: str) -> Found:
+    """Return what it makes of `fault` that the library raised `error` on files in `place`."""
+    kind, note = type(error).__name__, str(error).replace(place, "")
+    own = isinstance(error, LoraExportError)
+    located = own and any(is_named(name, note) for name in fault.names)
+    return Found(
+        fault.kind, fault.subject, fault.place, REFUSED if own else CRASHED, (kind,), located,
+        (kind,) if located else (), said=({"check": kind, "note": note[:500]},),
+    )  # fmt: skip
 
 
 def outcome(fault: Fault, passing: set[tuple[str, str]], verdicts: Sequence[Verdict]) -> Found:
@@ -280,6 +288,19 @@ def wrapped(wrap: Callable[[Runner], Any] | None) -> Any:
         return wrap(real(*words)) if wrap else real(*words)
 
     return mock.patch.object(stages, "open_runner", opened)
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Keep from the terminal what onnxruntime prints of a graph that it cannot run."""
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
 
 
 @torch.inference_mode()
@@ -865,9 +886,14 @@ def graph_faults(subject: Subject) -> Iterator[Fault]:
     yield wrong("depends on the other rows", logits, partial(of_the_batch, away=True), logits)
 
     def dropout(graph: Graph) -> None:
-        rate, training = graph.number(0.1), graph.constant(np.asarray(True))
         node = graph.of_weight(f"{path}.weight")
-        graph.through(node.input[0], ("Dropout", [None, rate, training], {}), users=[node])
+        kept = (
+            ("RandomUniformLike", [None], {}),  # onnxruntime runs Dropout in no other mode than off
+            ("Greater", [None, graph.number(0.1)], {}),
+            ("Cast", [None], {"to": TensorProto.FLOAT}),
+        )
+        scale = ("Mul", [None, graph.number(1 / 0.9)], {})
+        graph.through(node.input[0], *kept, ("Mul", [None, ""], {}), scale, users=[node])
 
     yield wrong("dropout left on", path, dropout, short(path), block)
 
@@ -1048,7 +1074,7 @@ def file_faults(subject: Subject) -> Iterator[Fault]:
         "max_position_embeddings": 48, "position_embedding_type": "relative_key",
         "scale_attn_weights": False, "attention_bias": True,
         "id2label": dict(zip(config.get("id2label", {}), list(config.get("id2label", {}).values())[::-1], strict=True)),
-        "architectures": ["BertForTokenClassification"],
+        "architectures": [config["architectures"][0].replace("SequenceC", "TokenC").replace("LMHeadModel", "ForSequenceClassification").replace("CausalLM", "SequenceClassification")],
     }.items():  # fmt: skip
         if name in config and config[name] != value:
             yield setting(name, value)
@@ -1345,7 +1371,7 @@ def summarised(found: Iterable[Found]) -> list[dict[str, Any]]:
             "planted": len(group),
             "found": sum(one.is_found for one in group),
             "not_proven": sum(one.outcome == UNPROVEN for one in group),
-            "missed": sum(one.outcome == MISSED for one in group),
+            "missed": sum(one.outcome in (MISSED, CRASHED) for one in group),
             "located": sum(one.is_found and one.located for one in group),
             "checks": Counter(name for one in group if one.is_found for name in one.checks),
             "validated": len(validated),
@@ -1408,6 +1434,7 @@ def markdown(
                    (", ".join(alarmed) or "none") + "."]  # fmt: skip
         for title, chosen in {
             "Missed": [one for one in found if one.outcome == MISSED],
+            "Crashed": [one for one in found if one.outcome == CRASHED],
             "Not proven": [one for one in found if one.outcome == UNPROVEN],
             "Found, not located": [one for one in found if one.is_found and not one.located],
         }.items():
