@@ -100,13 +100,18 @@ FILES = {"onnx": "model.onnx", "torchscript": "model.pt"}
 MERGED = "merged"
 WEIGHTS = f"{MERGED}/model.safetensors"
 WIDTH, LAYERS, LONGEST, VOCABULARY = 64, 3, 64, 320
-USUAL = {"a": {"atol": 1e-3, "rtol": 0}, "b": {"atol": 1e-5, "rtol": 0}, "c": {}}
+USUAL: dict[str, dict[str, Any]] = {
+    "a": {"atol": 1e-3, "rtol": 0},
+    "b": {"atol": 1e-5, "rtol": 0},
+    "c": {},
+}
 # Fewer rounds, for faults that only time shows: a planted sleep is no matter of percents.
 BRISK = {"LEAST_ROUNDS": 10, "MOST_ROUNDS": 20, "MOST_SECONDS": 3.0}
 CAUGHT, REFUSED, CRASHED = "caught", "refused", "crashed"
 UNPROVEN, MISSED = "not proven", "missed"
 Tensors = dict[str, Array]
 Plant = Callable[[Path], None]
+Alter = Callable[[Evidence], Evidence]
 
 
 # ---------------------------------------------------------------- what is planted, what is found
@@ -127,7 +132,7 @@ class Fault:
     plant: Plant = nothing  # changes files of a copy of the run
     formats: tuple[str, ...] = ("onnx",)  # artifacts that are looked at
     wrap: Callable[[Runner], Any] | None = None  # of the artifacts' runners
-    alter: Callable[[Evidence], Evidence] | None = None
+    alter: Alter | None = None
     scope: str = checks.QUICK
 
 
@@ -191,7 +196,8 @@ class Subject:
         self.layers = {
             path: Layer(
                 layer.weight.numpy().astype(np.float64),
-                *(factor.numpy() for factor in (layer.lora_A, layer.lora_B)),
+                layer.lora_A.numpy(),
+                layer.lora_B.numpy(),
                 layer.alpha,
                 layer.scale,
                 "Conv1D" in type(layer).__name__,
@@ -210,7 +216,7 @@ class Subject:
         made = proving.made_of(self.truth.job, folder / MERGED, places)
         asked = replace(self.truth.asked, quick=scope == checks.QUICK)
         truth = replace(self.truth, asked=asked)
-        with mock.patch.multiple(timing, **BRISK):
+        with brisk():
             return proving.observe(truth, made, threads=self.threads)
 
     def passed(self, kinds: Sequence[str], scope: str) -> set[tuple[str, str]]:
@@ -256,28 +262,42 @@ def outcome(fault: Fault, passing: set[tuple[str, str]], verdicts: Sequence[Verd
     """Return what `verdicts` make of `fault`, where `passing` pass on the correct run."""
     changed = [v for v in verdicts if (v.check, v.subject) in passing and not v.passed]
     failed = [v for v in changed if v.status is Status.FAIL]
-    gone = passing - {(v.check, v.subject) for v in verdicts}
-    naming = [
-        v.check for v in failed
-        if any(is_named(name, text) for name in fault.names for text in (*v.where, v.note, v.subject))
-    ]  # fmt: skip
-    result = CAUGHT if failed else UNPROVEN if changed or gone else MISSED
-    unmade = changed if not failed else failed
+    gone = {check for check, _ in passing - {(v.check, v.subject) for v in verdicts}}
+    unproven = gone | {v.check for v in changed}
+    naming = {
+        v.check
+        for v in failed
+        for text in (*v.where, v.note, v.subject)
+        if any(is_named(name, text) for name in fault.names)
+    }
     return Found(
-        fault.kind, fault.subject, fault.place, result,
-        tuple(sorted({v.check for v in unmade} | ({name for name, _ in gone} if not failed else set()))),
-        bool(naming), tuple(sorted(set(naming))),
-        said=tuple(
-            {"check": v.check, "subject": v.subject, "status": v.status.value,
-             "measured": None if v.measured is None else repr(v.measured),
-             "note": v.note[:500], "where": v.where[:20]} for v in changed
-        ),
-    )  # fmt: skip
+        fault.kind,
+        fault.subject,
+        fault.place,
+        CAUGHT if failed else UNPROVEN if unproven else MISSED,
+        tuple(sorted({v.check for v in failed} or unproven)),
+        bool(naming),
+        tuple(sorted(naming)),
+        said=tuple(map(quoted, changed)),
+    )
+
+
+def quoted(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as it stands in the list of faults: the beginning of what it says."""
+    said = asdict(verdict) | {"status": verdict.status.value, "where": verdict.where[:20]}
+    numbers = {name: repr(said[name]) for name in ("measured", "limit")}  # JSON knows no infinity
+    return said | numbers | {"note": verdict.note[:500]}
 
 
 def is_named(name: str, text: str) -> bool:
     """Return whether `text` has `name` as whole words: layer.1 is not in layer.11."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
+
+
+def brisk() -> Any:
+    """Time fewer rounds, within a block."""
+    settings: dict[str, Any] = dict(BRISK)
+    return mock.patch.multiple(timing, **settings)
 
 
 def wrapped(wrap: Callable[[Runner], Any] | None) -> Any:
@@ -321,7 +341,7 @@ def usual_validation(subject: Subject, folder: Path, kinds: Sequence[str]) -> di
     return {name: any(differ(*pair, **limits) for pair in pairs) for name, limits in USUAL.items()}
 
 
-def differ(one: Mapping[str, Array], other: Mapping[str, Array], **limits: float) -> bool:
+def differ(one: Mapping[str, Array], other: Mapping[str, Array], **limits: Any) -> bool:
     """Return whether two answers differ in names, shapes, or by numpy.allclose."""
     return one.keys() != other.keys() or any(
         array.shape != other[name].shape or not np.allclose(other[name], array, **limits)
@@ -341,7 +361,7 @@ def subject_of(name: str, work: Path, threads: int, seed: int) -> Subject:
         policy = Policy(slowest=1e9)  # the time of a tiny model proves no speed
         base = str(folder / "base")
         adapter = tiny_adapter(TINY[name](), Path(base), folder / "adapter.safetensors", seed)
-    with mock.patch.multiple(timing, **BRISK):
+    with brisk():
         certificate = pipeline.run(
             adapter, base=base, out=folder / "run", formats=tuple(FILES), policy=policy
         )
@@ -350,7 +370,7 @@ def subject_of(name: str, work: Path, threads: int, seed: int) -> Subject:
     return Subject(name, folder / "run", adapter, base, threads, seed)
 
 
-TEXT_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT_IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def tiny_gpt2() -> nn.Module:
@@ -377,7 +397,7 @@ SUBJECTS = ("minilm", *TINY)
 
 
 def tiny_adapter(
-    model: nn.Module,
+    model: Any,
     base: Path,
     path: Path,
     seed: int,
@@ -422,7 +442,7 @@ def fill(weights: nn.Module | nn.Parameter, seed: int, size: float) -> None:
 def lengths(model: nn.Module, path: str, scale: float, seed: int) -> Array:
     """Return DoRA's magnitudes: the lengths of the rows of the layer at `path`, moved a little."""
     layer: Any = model.get_submodule(path)
-    matrix = layer._transpose(layer.weight.detach().double())
+    matrix: Any = layer._transpose(layer.weight.detach().double())
     dice = np.random.default_rng(seed)
     found: Array = matrix.norm(dim=1).numpy() * (1 + 0.05 * dice.standard_normal(len(matrix)))
     return found.astype(np.float32)
@@ -507,6 +527,15 @@ def in_torchscript(tensor: Array, changed: Array) -> Plant:
     return plant
 
 
+Step = tuple[str, tuple[str, ...], Mapping[str, Any]]  # operator, further inputs, attributes
+BEFORE = "the value before the first step"
+
+
+def step(operator: str, *given: str, **attributes: Any) -> Step:
+    """Return a step that takes what the one before it gave, and the values `given`."""
+    return operator, given, attributes
+
+
 class Graph:
     """An ONNX graph that is to be spoiled."""
 
@@ -516,7 +545,10 @@ class Graph:
 
     def tensor(self, name: str) -> TensorProto:
         """Return the initializer whose name ends in `name`."""
-        return next(t for t in self.graph.initializer if f".{t.name}".endswith(f".{name}"))
+        found: TensorProto = next(
+            t for t in self.graph.initializer if f".{t.name}".endswith(f".{name}")
+        )
+        return found
 
     def change(self, name: str, change: Callable[[Array], Array]) -> None:
         """Change the values of the initializer whose name ends in `name`."""
@@ -538,9 +570,11 @@ class Graph:
                     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(new), tensor.name))
 
     def nodes(self, operator: str) -> list[onnx.NodeProto]:
+        """Return the nodes of one kind, in their order."""
         return [node for node in self.graph.node if node.op_type == operator]
 
     def users(self, value: str) -> list[onnx.NodeProto]:
+        """Return the nodes that take `value`."""
         return [node for node in self.graph.node if value in node.input]
 
     def of_weight(self, name: str) -> onnx.NodeProto:
@@ -549,21 +583,19 @@ class Graph:
         return self.users(node.output[0])[0] if node.op_type == "Transpose" else node
 
     def constant(self, value: Array) -> str:
+        """Return the name of a new initializer."""
         name = f"planted_{next(self.count)}"
         self.graph.initializer.append(numpy_helper.from_array(value, name))
         return name
 
     def number(self, value: float) -> str:
+        """Return the name of a new initializer that holds one number, float32."""
         return self.constant(np.asarray(value, np.float32))
 
     def through(
-        self, value: str, *steps: tuple[Any, ...], users: Sequence[onnx.NodeProto] | None = None
+        self, value: str, *steps: Step, users: Sequence[onnx.NodeProto] | None = None
     ) -> None:
-        """Let `value` go through `steps` before it is used: (operator, inputs, attributes).
-
-        Among the inputs of a step, None stands for what the step before it gave, and "" for
-        `value` as it was.
-        """
+        """Let `value` go through `steps` before it is used, by `users` or by everybody."""
         outputs = [output.name for output in self.graph.output]
         made = [
             index for index, node in enumerate(self.graph.node) if value in node.output
@@ -578,7 +610,7 @@ class Graph:
         for number, (operator, given, attributes) in enumerate(steps):
             is_last = number == len(steps) - 1
             result = value if is_last and origin != value else f"planted_{next(self.count)}"
-            sources = [last if x is None else origin if x == "" else x for x in given]
+            sources = [last, *(origin if name == BEFORE else name for name in given)]
             new.append(helper.make_node(operator, sources, [result], name=result, **attributes))
             last = result
         if origin == value:
@@ -588,6 +620,7 @@ class Graph:
             self.graph.node.insert(place, node)
 
     def set_attribute(self, node: onnx.NodeProto, name: str, value: Any) -> None:
+        """Give `node` the attribute, in the place of one of that name."""
         kept = [attribute for attribute in node.attribute if attribute.name != name]
         del node.attribute[:]
         node.attribute.extend([*kept, helper.make_attribute(name, value)])
@@ -612,7 +645,9 @@ def merge_faults(subject: Subject, dice: random.Random, each: int) -> Iterator[F
     square = [path for path, layer in layers.items() if len({*layer.base.shape}) == 1]
     fault = partial(Fault, subject=subject.name)
 
-    def one(kind: str, change: Callable[[Layer], Array], among: Iterable[str] = ()) -> Iterator[Fault]:
+    def one(
+        kind: str, change: Callable[[Layer], Array], among: Iterable[str] = ()
+    ) -> Iterator[Fault]:
         for path in dice.sample(sorted(among or layers), each):
             value = {f"{path}.weight": change(layers[path])}
             plant = in_merged(lambda tensors, value=value: value)  # type: ignore[misc]
@@ -729,7 +764,9 @@ def with_zero(array: Array, dice: random.Random) -> Array:
 def twins(layers: Mapping[str, Layer], dice: random.Random) -> tuple[str, str]:
     """Return two layers of equal shape."""
     one = dice.choice(sorted(layers))
-    same = [p for p in sorted(layers) if p != one and layers[p].base.shape == layers[one].base.shape]
+    same = [
+        p for p in sorted(layers) if p != one and layers[p].base.shape == layers[one].base.shape
+    ]
     return one, dice.choice(same)
 
 
@@ -780,7 +817,9 @@ def weight_faults(subject: Subject, dice: random.Random, each: int) -> Iterator[
 
     def wrong(kind: str, name: str, change: Callable[[Array], Array]) -> Fault:
         plant = in_onnx(partial(spoil, tensors=tensors, name=name, change=change))
-        return Fault(f"artifact: {kind}", subject.name, name, (short(name), *other_names(name)), plant)
+        return Fault(
+            f"artifact: {kind}", subject.name, name, (short(name), *other_names(name)), plant
+        )
 
     for kind, change in {
         "one weight zero": lambda x: with_zero(x.copy(), dice),
@@ -792,7 +831,7 @@ def weight_faults(subject: Subject, dice: random.Random, each: int) -> Iterator[
         for name in dice.sample(weights, each):
             layer = subject.layers[name.removesuffix(".weight")]
             base = layer.merged(scale=0)
-            yield wrong(kind, name, change or (lambda x, base=base: base))  # type: ignore[misc]
+            yield wrong(kind, name, change or (lambda x, base=base: base))
     for name in dice.sample(square, each):
         yield wrong("a weight transposed", name, np.transpose)
     for name in dice.sample(biases, min(each, len(biases))):
@@ -853,10 +892,10 @@ def graph_faults(subject: Subject) -> Iterator[Fault]:
     def wrong(kind: str, place: str, change: Callable[[Graph], None], *names: str) -> Fault:
         return Fault(f"artifact: {kind}", subject.name, place, names or (place,), in_onnx(change))
 
-    def after(*steps: tuple[Any, ...]) -> Callable[[Graph], None]:
+    def after(*steps: Step) -> Callable[[Graph], None]:
         return lambda graph: graph.through(logits, *steps)
 
-    def linear_input(*steps: tuple[Any, ...]) -> Callable[[Graph], None]:
+    def linear_input(*steps: Step) -> Callable[[Graph], None]:
         def change(graph: Graph) -> None:
             node = graph.of_weight(f"{path}.weight")
             graph.through(node.input[0], *steps, users=[node])
@@ -864,23 +903,23 @@ def graph_faults(subject: Subject) -> Iterator[Fault]:
         return change
 
     for kind, dtype in (("bfloat16", TensorProto.BFLOAT16), ("float16", TensorProto.FLOAT16)):
-        cast = (("Cast", [None], {"to": dtype}), ("Cast", [None], {"to": TensorProto.FLOAT}))
+        cast = (step("Cast", to=dtype), step("Cast", to=TensorProto.FLOAT))
         yield wrong(f"a layer computes in {kind}", path, linear_input(*cast), short(path), block)
         yield wrong(f"the answer goes through {kind}", logits, after(*cast), logits)
 
     def mul(factor: float) -> Callable[[Graph], None]:
-        return lambda g: g.through(logits, ("Mul", [None, g.number(factor)], {}))
+        return lambda g: g.through(logits, step("Mul", g.number(factor)))
 
     yield wrong("output scaled by 1.01", logits, mul(1.01))
     yield wrong("output constant", logits, mul(0.0))
     yield wrong("output shifted by 1e-4", logits,
-                lambda g: g.through(logits, ("Add", [None, g.number(1e-4)], {})))  # fmt: skip
+                lambda g: g.through(logits, step("Add", g.number(1e-4))))  # fmt: skip
 
     def of_the_batch(graph: Graph, *, away: bool) -> None:
-        mean = ("ReduceMean", ["", graph.constant(np.array([0]))], {"keepdims": 1})
-        alone = [("Sub", [None, ""], {})] if away else []
-        small = ("Mul", [None, graph.number(1e-3)], {})
-        graph.through(logits, mean, *alone, small, ("Add", [None, ""], {}))
+        mean = step("ReduceMean", graph.constant(np.array([0])), keepdims=1)
+        alone = [step("Sub", BEFORE)] if away else []
+        small = step("Mul", graph.number(1e-3))
+        graph.through(logits, mean, *alone, small, step("Add", BEFORE))
 
     yield wrong("depends on the batch", logits, partial(of_the_batch, away=False), logits)
     yield wrong("depends on the other rows", logits, partial(of_the_batch, away=True), logits)
@@ -888,18 +927,18 @@ def graph_faults(subject: Subject) -> Iterator[Fault]:
     def dropout(graph: Graph) -> None:
         node = graph.of_weight(f"{path}.weight")
         kept = (
-            ("RandomUniformLike", [None], {}),  # onnxruntime runs Dropout in no other mode than off
-            ("Greater", [None, graph.number(0.1)], {}),
-            ("Cast", [None], {"to": TensorProto.FLOAT}),
+            step("RandomUniformLike"),  # onnxruntime leaves a Dropout in training mode out
+            step("Greater", graph.number(0.1)),
+            step("Cast", to=TensorProto.FLOAT),
         )
-        scale = ("Mul", [None, graph.number(1 / 0.9)], {})
-        graph.through(node.input[0], *kept, ("Mul", [None, ""], {}), scale, users=[node])
+        scale = step("Mul", graph.number(1 / 0.9))
+        graph.through(node.input[0], *kept, step("Mul", BEFORE), scale, users=[node])
 
     yield wrong("dropout left on", path, dropout, short(path), block)
 
     def scaled_scores(graph: Graph) -> None:
         node = graph.nodes("Softmax")[1]
-        graph.through(node.input[0], ("Mul", [None, graph.number(1.05)], {}))
+        graph.through(node.input[0], step("Mul", graph.number(1.05)))
 
     yield wrong("attention scores scaled by 1.05", f"{block}, attention", scaled_scores, block)
     yield wrong("softmax over another axis", f"{block}, attention",
@@ -921,7 +960,7 @@ def graph_faults(subject: Subject) -> Iterator[Fault]:
             shape = [-1, -1, width]
             shape[axis] = size
             made = graph.constant(np.array(shape))
-            graph.through(node.output[0], ("Reshape", [None, made], {}))
+            graph.through(node.output[0], step("Reshape", made))
 
         return change
 
@@ -957,7 +996,7 @@ def graph_input(subject: Subject) -> str:
 
 def ignore_mask(graph: Graph, users: Sequence[onnx.NodeProto] | None = None) -> None:
     ones = numpy_helper.from_array(np.array([1]))
-    steps = (("Shape", [None], {}), ("ConstantOfShape", [None], {"value": ones}))
+    steps = (step("Shape"), step("ConstantOfShape", value=ones))
     graph.through("attention_mask", *steps, users=users)
 
 
@@ -968,7 +1007,7 @@ def positions_without_mask(graph: Graph) -> None:
 def ignore_types(graph: Graph) -> None:
     zero = graph.constant(np.asarray(0))
     users = [node for node in graph.users("token_type_ids") if node.op_type == "Gather"]
-    graph.through("token_type_ids", ("Mul", [None, zero], {}), users=users)
+    graph.through("token_type_ids", step("Mul", zero), users=users)
 
 
 def shifted_positions(graph: Graph) -> None:
@@ -976,7 +1015,7 @@ def shifted_positions(graph: Graph) -> None:
         return graph.change("position_ids", lambda x: np.minimum(x + 1, x.max()))
     (node,) = [n for n in graph.nodes("Slice") if n.input[0] == "masked_fill"]
     one, last = graph.constant(np.asarray(1)), graph.constant(np.asarray(LONGEST - 1))
-    graph.through(node.output[0], ("Add", [None, one], {}), ("Min", [None, last], {}))
+    graph.through(node.output[0], step("Add", one), step("Min", last))
     return None
 
 
@@ -1004,7 +1043,7 @@ def turned_into(
 
 
 def other_epsilon(graph: Graph, block: str) -> None:
-    """Set the epsilon of one norm of the layer, or where it is shared of them all, to 1e-5 or more."""
+    """Set the epsilon of a norm of the layer to 3e-5; of every norm, where they share it."""
     for node in graph.nodes("LayerNormalization"):
         if f".{block}." in node.input[1]:
             return graph.set_attribute(node, "epsilon", 3e-5)
@@ -1060,10 +1099,14 @@ def swap(graph: Graph, names: tuple[str, str]) -> None:
 
 def file_faults(subject: Subject) -> Iterator[Fault]:
     config = json.loads((subject.run / MERGED / "config.json").read_text())
+    labels = config.get("id2label", {})
+    task = re.sub("For.*", "ForTokenClassification", config["architectures"][0])
 
     def setting(name: str, value: Any) -> Fault:
         plant = in_json(f"{MERGED}/config.json", lambda fields: fields.update({name: value}))
-        return Fault(f"files: config.json, {name}", subject.name, name, (name, "config.json"), plant)
+        return Fault(
+            f"files: config.json, {name}", subject.name, name, (name, "config.json"), plant
+        )
 
     for name, value in {
         "layer_norm_eps": 1e-5, "layer_norm_epsilon": 1e-4, "rms_norm_eps": 1e-4,
@@ -1073,8 +1116,8 @@ def file_faults(subject: Subject) -> Iterator[Fault]:
         "n_layer": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
         "max_position_embeddings": 48, "position_embedding_type": "relative_key",
         "scale_attn_weights": False, "attention_bias": True,
-        "id2label": dict(zip(config.get("id2label", {}), list(config.get("id2label", {}).values())[::-1], strict=True)),
-        "architectures": [config["architectures"][0].replace("SequenceC", "TokenC").replace("LMHeadModel", "ForSequenceClassification").replace("CausalLM", "SequenceClassification")],
+        "id2label": dict(zip(labels, [*labels.values()][::-1], strict=True)),
+        "architectures": ["GPT2ForSequenceClassification" if "n_layer" in config else task],
     }.items():  # fmt: skip
         if name in config and config[name] != value:
             yield setting(name, value)
@@ -1139,13 +1182,13 @@ def tokenizer_faults(subject: Subject, place: str) -> Iterator[Fault]:
 class Changed:
     """A runner of which every answer goes through `change`."""
 
-    def __init__(self, runner: Runner, change: Callable[[dict[str, Array]], dict[str, Array]]):
+    def __init__(self, runner: Runner, change: Callable[[Tensors], Tensors]) -> None:
         self.runner, self.change = runner, change
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runner, name)
 
-    def run(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, arrays: Mapping[str, Array]) -> Tensors:
         """Return the changed outputs for named inputs."""
         return self.change(self.runner.run(arrays))
 
@@ -1155,20 +1198,21 @@ def runner_faults(subject: Subject) -> Iterator[Fault]:
     pause = 0.2 if subject.name == "minilm" else 0.03
     calls = itertools.count()
 
-    def sleep(found: dict[str, Array]) -> dict[str, Array]:
+    def sleep(found: Tensors) -> Tensors:
         time.sleep(pause)
         return found
 
-    def each(change: Callable[[Array], Array]) -> Callable[[dict[str, Array]], dict[str, Array]]:
+    def each(change: Callable[[Array], Array]) -> Callable[[Tensors], Tensors]:
         return lambda found: {name: change(array) for name, array in found.items()}
 
-    def raising(found: dict[str, Array]) -> dict[str, Array]:
+    def raising(found: Tensors) -> Tensors:
         if next(calls) % 5 == 4:
             raise RuntimeError("planted")
         return found
 
     def noisy(array: Array) -> Array:
-        return array + np.float32(1e-3) * dice.standard_normal(array.shape, np.float32)
+        found: Array = array + np.float32(1e-3) * dice.standard_normal(array.shape, np.float32)
+        return found
 
     def wrong(kind: str, change: Any, scope: str = checks.QUICK) -> Fault:
         wrap = partial(Changed, change=change)
@@ -1184,10 +1228,10 @@ def runner_faults(subject: Subject) -> Iterator[Fault]:
     yield wrong("answers of the call before", each_late())
 
 
-def each_late() -> Callable[[dict[str, Array]], dict[str, Array]]:
-    kept: list[dict[str, Array]] = []
+def each_late() -> Callable[[Tensors], Tensors]:
+    kept: list[Tensors] = []
 
-    def change(found: dict[str, Array]) -> dict[str, Array]:
+    def change(found: Tensors) -> Tensors:
         kept.append(found)
         return kept[max(0, len(kept) - 2)]
 
@@ -1197,47 +1241,48 @@ def each_late() -> Callable[[dict[str, Array]], dict[str, Array]]:
 def evidence_faults(subject: Subject) -> Iterator[Fault]:
     """Yield evidence that proves nothing; a check that passes on it would pass on anything."""
 
-    def wrong(kind: str, alter: Callable[[Evidence], Evidence], *names: str, scope: str = checks.QUICK) -> Fault:
+    def wrong(kind: str, alter: Alter, *names: str, scope: str = checks.QUICK) -> Fault:
         return Fault(f"evidence: {kind}", subject.name, names[0], names, alter=alter, scope=scope)
 
-    def outputs(evidence: Evidence, name: str, change: Callable[[int, Array], Array]) -> Evidence:
-        old = evidence.recordings[name]
-        new = tuple(
-            {key: change(number, array) for key, array in out.items()}
-            for number, out in enumerate(old.outputs)
-        )
-        recordings = {**evidence.recordings, name: replace(old, outputs=new)}
-        return replace(evidence, recordings=recordings)
-
-    def with_nan(number: int, array: Array) -> Array:
-        changed = array.copy()
-        changed.reshape(-1)[:1] = np.nan if number == 0 else changed.reshape(-1)[:1]
-        return changed
-
     for name in ("merged", "onnx", "reference", "unmerged", "idle"):
-        yield wrong(f"NaN in the answers of {name}", lambda e, n=name: outputs(e, n, with_nan), name,  # type: ignore[misc]
-                    "logits")  # fmt: skip
-        yield wrong(f"no answers of {name}", lambda e, n=name: without(e, n), name)  # type: ignore[misc]
-    empty = "no elements in any answer"
-    yield wrong(empty, lambda e: nobody(e, lambda n, array: array[:0], outputs), "logits", "batch 0")
+        spoiled = partial(with_answers, names=[name], change=with_nan)
+        yield wrong(f"NaN in the answers of {name}", spoiled, name, "logits")
+        yield wrong(f"no answers of {name}", partial(without, name=name), name)
+    hollow = partial(with_answers, names=None, change=lambda number, array: array[:0])
+    yield wrong("no elements in any answer", hollow, "logits", "batch 0")
     yield wrong("no batches", no_batches, "batches")
-    yield wrong("no audited weight", lambda e: replace(e, weights=()), "weights")
-    yield wrong("no account", lambda e: replace(e, account=None), "account")
-    yield wrong("no artifact", lambda e: replace(e, artifacts=()), "artifact")
-    yield wrong("no modules", lambda e: replace(e, modules=None), "module tree")
+    for name, nothing_there in {
+        "weights": (), "account": None, "artifacts": (), "modules": None, "signature": None,
+    }.items():  # fmt: skip
+        yield wrong(f"no {name}", partial(replace, **{name: nothing_there}), name)
     yield wrong("no round of timing", no_rounds, "rounds", scope=checks.RUN)
-    yield wrong("nothing timed", lambda e: replace(e, timings=()), "timed", scope=checks.RUN)
+    yield wrong("nothing timed", partial(replace, timings=()), "timed", scope=checks.RUN)
+
+
+def with_answers(
+    evidence: Evidence, names: Iterable[str] | None, change: Callable[[int, Array], Array]
+) -> Evidence:
+    """Return `evidence` with the answers of some or all runners changed, by number of the batch."""
+    recordings = dict(evidence.recordings)
+    for name in recordings if names is None else names:
+        outputs = tuple(
+            {key: change(number, array) for key, array in out.items()}
+            for number, out in enumerate(recordings[name].outputs)
+        )
+        recordings[name] = replace(recordings[name], outputs=outputs)
+    return replace(evidence, recordings=recordings)
+
+
+def with_nan(number: int, array: Array) -> Array:
+    changed = array.copy()
+    if number == 0:
+        changed.reshape(-1)[:1] = np.nan
+    return changed
 
 
 def without(evidence: Evidence, name: str) -> Evidence:
     kept = {key: value for key, value in evidence.recordings.items() if key != name}
     return replace(evidence, recordings=kept)
-
-
-def nobody(evidence: Evidence, change: Any, outputs: Any) -> Evidence:
-    for name in evidence.recordings:
-        evidence = outputs(evidence, name, change)
-    return evidence
 
 
 def no_batches(evidence: Evidence) -> Evidence:
@@ -1316,7 +1361,9 @@ def correct_run(
 ) -> tuple[Verdict, ...]:
     """Merge and export a tiny model, and return what the checks say: every one should pass."""
     path = folder / "adapter.safetensors"
-    tiny_adapter(FAMILIES[family](), folder / "base", path, seed, variant=variant, dtype=DTYPES[dtype])
+    tiny_adapter(
+        FAMILIES[family](), folder / "base", path, seed, variant=variant, dtype=DTYPES[dtype]
+    )
     torch.set_num_threads(threads)
     job = opening.open_job(path, str(folder / "base"))
     asked = proving.Asked(*inputs.read_texts(None), seed, quick=True)
@@ -1335,8 +1382,10 @@ def digests(folder: Path) -> dict[str, Any]:
 
 
 def false_alarms(count: int, seed: int, work: Path) -> dict[str, Any]:
-    """Judge `count` correct runs; return how many verdicts there were, and those that are no pass."""
-    runs, verdicts, alarms, refused = 0, 0, [], []
+    """Judge `count` correct runs; return the number of verdicts, and those that are no pass."""
+    runs, verdicts = 0, 0
+    alarms: list[dict[str, Any]] = []
+    refused: list[str] = []
     with Progress() as bar:
         for case in bar.track(correct_cases(count, seed), description="correct runs"):
             said = "{} {} {}, seed {}, {} threads".format(*case)
@@ -1350,7 +1399,7 @@ def false_alarms(count: int, seed: int, work: Path) -> dict[str, Any]:
             runs += 1
             verdicts += len(found)
             for verdict in (v for v in found if not v.passed):
-                alarms.append({"run": said, **asdict(verdict), "status": verdict.status.value})
+                alarms.append({"run": said, **quoted(verdict)})
                 bar.print(f"[red]false alarm[/] {said}: {verdict}")
     return {"runs": runs, "verdicts": verdicts, "alarms": alarms, "refused": refused}
 
@@ -1438,8 +1487,10 @@ def markdown(
             "Not proven": [one for one in found if one.outcome == UNPROVEN],
             "Found, not located": [one for one in found if one.is_found and not one.located],
         }.items():
-            lines = [f"- {one.kind}: {one.subject}, {one.place}" +
-                     (f" (by {', '.join(one.checks)})" if one.checks else "") for one in chosen]  # fmt: skip
+            lines = [
+                f"- {one.kind}: {one.subject}, {one.place}; {', '.join(one.checks) or 'nothing'}"
+                for one in chosen
+            ]
             blocks += [f"## {title}: {len(chosen)}", "\n".join(lines) or "None."]
     if alarms is not None:
         lines = [f"- {a['run']}: {a['check']} of {a['subject']} is {a['status']}: {a['note']}"
@@ -1467,14 +1518,31 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command(help=(__doc__ or "").partition("\n")[0])
-@click.option("--subject", "subjects", type=click.Choice(SUBJECTS), multiple=True,
-              default=SUBJECTS, show_default=True, help="Repeatable.")
-@click.option("--only", "kinds", multiple=True, metavar="KIND",
-              help="Only kinds of fault that contain this; repeatable.")
+@click.option(
+    "--subject",
+    "subjects",
+    type=click.Choice(SUBJECTS),
+    multiple=True,
+    default=SUBJECTS,
+    show_default=True,
+    help="Repeatable.",
+)
+@click.option(
+    "--only",
+    "kinds",
+    multiple=True,
+    metavar="KIND",
+    help="Only kinds of fault that contain this; repeatable.",
+)
 @click.option("--limit", type=click.IntRange(0), default=0, help="At most so many of each subject.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of models and places.")
-@click.option("--correct", type=click.IntRange(0), default=0, metavar="N",
-              help="Plant nothing: look for false alarms in N correct runs.")
+@click.option(
+    "--correct",
+    type=click.IntRange(0),
+    default=0,
+    metavar="N",
+    help="Plant nothing: look for false alarms in N correct runs.",
+)
 @click.option("--work", type=FOLDER, help="Where runs are made. Default: a temporary folder.")
 @click.option("--out", type=FOLDER, default=Path("artifacts/proof"), show_default=True)
 def main(
@@ -1495,7 +1563,9 @@ def main(
             subject = subject_of(name, Path(place), threads, seed)
             right[name] = usual_validation(subject, subject.run, ("onnx",))["a"]
             for label in USUAL:
-                right[f"{name} ({label})"] = usual_validation(subject, subject.run, ("onnx",))[label]
+                right[f"{name} ({label})"] = usual_validation(subject, subject.run, ("onnx",))[
+                    label
+                ]
             del right[name]
             planned = [
                 fault for fault in faults_of(subject)
