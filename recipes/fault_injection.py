@@ -983,6 +983,9 @@ def graph_faults(subject: Subject) -> Iterator[Fault]:
     if subject.is_decoder:
         keys = "present.0.key", "present.0.value"
         yield wrong("two outputs swapped", " and ".join(keys), partial(swap, names=keys), *keys)
+        past = "past_key_values.1.key"
+        yield wrong("cached keys ignored", past,
+                    lambda g: g.through(past, step("Mul", g.number(0))), past, block)  # fmt: skip
         yield wrong("left padding ignored by positions", "position ids", positions_without_mask,
                     "position_ids", "rotary_emb", "wpe", block_of(paths[0]))  # fmt: skip
     else:
