@@ -15,7 +15,7 @@ a fault that was there when the files were written. A fault in merging changes t
 checkpoint and the same numbers inside the ONNX file. Most faults are judged by `check --quick`;
 those of time by all checks, with fewer rounds of timing.
 
-    caught      a verdict that passes on the correct run fails
+    caught      a verdict fails that does not on the correct run
     refused     the library does not take the files at all, and says why
     crashed     the library stops with an error that is none of its own: a fault in the library
     not proven  such a verdict is inconclusive or could not be made: no pass, but no fault found
@@ -112,6 +112,7 @@ UNPROVEN, MISSED = "not proven", "missed"
 Tensors = dict[str, Array]
 Plant = Callable[[Path], None]
 Alter = Callable[[Evidence], Evidence]
+Claim = tuple[str, str]  # check and subject of a verdict
 
 
 # ---------------------------------------------------------------- what is planted, what is found
@@ -187,7 +188,7 @@ class Subject:
     seed: int
     truth: proving.Truth = field(init=False)
     layers: dict[str, Layer] = field(init=False)
-    passing: dict[tuple[Any, ...], set[tuple[str, str]]] = field(default_factory=dict)
+    judged: dict[tuple[Any, ...], dict[Claim, bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         job = opening.open_job(self.adapter, self.base)
@@ -219,18 +220,23 @@ class Subject:
         with brisk():
             return proving.observe(truth, made, threads=self.threads)
 
-    def passed(self, kinds: Sequence[str], scope: str) -> set[tuple[str, str]]:
-        """Return which claims pass on the correct run."""
-        if (kinds, scope) not in self.passing:
+    def as_it_should_be(self, kinds: Sequence[str], scope: str) -> dict[Claim, bool]:
+        """Return which claims are judged on the correct run, and whether they pass."""
+        if (kinds, scope) not in self.judged:
             verdicts = checks.judge(self.observed(self.run, kinds, scope), scope)
-            self.passing[kinds, scope] = {(v.check, v.subject) for v in verdicts if v.passed}
-        return self.passing[kinds, scope]
+            for verdict in verdicts:
+                if verdict.status is Status.FAIL:
+                    click.echo(
+                        f"fails on the correct run, so that it counts for nothing: {verdict}"
+                    )
+            self.judged[kinds, scope] = {(v.check, v.subject): v.passed for v in verdicts}
+        return self.judged[kinds, scope]
 
 
 def inject_fault(fault: Fault, subject: Subject) -> Found:
     """Plant `fault` on a copy of the run of `subject`, and return what became of it."""
     begun = time.perf_counter()
-    passing = subject.passed(fault.formats, fault.scope)
+    before = subject.as_it_should_be(fault.formats, fault.scope)
     usual = None
     with tempfile.TemporaryDirectory(dir=subject.run.parent) as place, wrapped(fault.wrap), muted():
         folder = Path(place) / "run"
@@ -241,7 +247,7 @@ def inject_fault(fault: Fault, subject: Subject) -> Found:
                 usual = usual_validation(subject, folder, fault.formats)
             evidence = subject.observed(folder, fault.formats, fault.scope)
             evidence = fault.alter(evidence) if fault.alter else evidence
-            found = outcome(fault, passing, checks.judge(evidence, fault.scope))
+            found = outcome(fault, before, checks.judge(evidence, fault.scope))
         except Exception as error:
             found = stopped(fault, error, place)
     return replace(found, usual=usual, seconds=round(time.perf_counter() - begun, 2))
@@ -258,10 +264,11 @@ def stopped(fault: Fault, error: Exception, place: str) -> Found:
     )  # fmt: skip
 
 
-def outcome(fault: Fault, passing: set[tuple[str, str]], verdicts: Sequence[Verdict]) -> Found:
-    """Return what `verdicts` make of `fault`, where `passing` pass on the correct run."""
-    changed = [v for v in verdicts if (v.check, v.subject) in passing and not v.passed]
+def outcome(fault: Fault, before: Mapping[Claim, bool], verdicts: Sequence[Verdict]) -> Found:
+    """Return what `verdicts` make of `fault`, beside what passes on the correct run."""
+    changed = [v for v in verdicts if not v.passed and before.get((v.check, v.subject), True)]
     failed = [v for v in changed if v.status is Status.FAIL]
+    passing = {claim for claim, passed in before.items() if passed}
     gone = {check for check, _ in passing - {(v.check, v.subject) for v in verdicts}}
     unproven = gone | {v.check for v in changed}
     naming = {

@@ -41,13 +41,13 @@ def verdict(check, status, note="", where=()):
     return Verdict(check, "onnx", status, 1.0, 0.0, "", 1, note, where)
 
 
-PASSING = {("parity", "onnx"), ("structure", "onnx")}
+BEFORE = {("parity", "onnx"): True, ("structure", "onnx"): True, ("latency", "onnx"): False}
 GOOD = [verdict("parity", Status.PASS), verdict("structure", Status.PASS)]
 
 
 def outcome_of(recipe, verdicts, names=("layer.1",)):
     fault = recipe.Fault("artifact: a fault", "gpt2", "somewhere", names)
-    return recipe.outcome(fault, PASSING, verdicts)
+    return recipe.outcome(fault, BEFORE, verdicts)
 
 
 # ---------------------------------------------------------------- what counts as found
@@ -89,6 +89,10 @@ def test_a_verdict_that_is_gone_is_not_proven(recipe):
 def test_a_verdict_that_does_not_pass_on_the_correct_run_catches_nothing(recipe):
     noise = verdict("latency", Status.FAIL, where=("layer.1",))
     assert outcome_of(recipe, [*GOOD, noise]).outcome == "missed"
+
+
+def test_a_claim_that_the_correct_run_does_not_raise_counts(recipe):
+    assert outcome_of(recipe, [*GOOD, verdict("weights", Status.FAIL)]).checks == ("weights",)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +299,26 @@ def test_faults_are_planted_judged_and_reported(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "vit"])
+def test_rewriting_files_is_no_fault_in_itself(recipe, tmp_path):
+    """The control of every count: what is planted is found, not that something was planted."""
+    subject = recipe.subject_of("llama", tmp_path, 1, 0)
+    tensors = recipe.load_file(subject.run / recipe.WEIGHTS)
+    name = f"{next(iter(subject.layers))}.weight"
+    plants = {
+        "nothing": recipe.nothing,
+        "merged": recipe.in_merged(lambda held: {name: held[name]}),
+        "onnx": recipe.in_onnx(lambda graph: graph.through("logits", recipe.step("Identity"))),
+        "torchscript": recipe.in_torchscript(tensors[name], tensors[name]),
+        "json": recipe.in_json("merged/config.json", lambda fields: None),
+    }
+    for kind, plant in plants.items():
+        fault = recipe.Fault(kind, "llama", "nowhere", (), plant, tuple(recipe.FILES))
+        found = recipe.inject_fault(fault, subject)
+        assert (kind, found.outcome, found.said) == (kind, "missed", ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
 def test_a_correct_run_raises_no_alarm(recipe, family, tmp_path):
     verdicts = recipe.correct_run(family, "dora", "bfloat16", 3, 1, tmp_path)
     assert {v.check for v in verdicts} >= {"exact", "equivalence", "parity"}
