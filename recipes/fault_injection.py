@@ -1561,7 +1561,9 @@ def main(
 ) -> None:  # fmt: skip
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, work):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     found: list[Found] = []
     right: dict[str, bool] = {}
     alarms = None
