@@ -208,12 +208,15 @@ def picture_batches(signature: Signature, seed: int) -> tuple[Batch, ...]:
     return tuple(batches)
 
 
-def grid_batches(signature: Signature, seed: int, special: Sequence[int] = ()) -> tuple[Batch, ...]:
+def grid_batches(
+    signature: Signature, seed: int, special: Sequence[int] = (), types: int = 0
+) -> tuple[Batch, ...]:
     """Return random inputs at the shapes of `GRID` that the model accepts, and odd ones.
 
     With a cache, the tokens are in turn all new, the last one new, and half of them new; a decoder
     beside an encoder has its source in turn new and cached. The odd ones are a single token over
-    and over, and rows of the tokens `special`; of pictures, all zero, and far too bright.
+    and over, rows of the tokens `special`, and the last of several `types` of tokens; of pictures,
+    all zero, and far too bright.
     """
     batches = []
     for number, (batch, length, padding) in enumerate(GRID):
@@ -233,10 +236,12 @@ def grid_batches(signature: Signature, seed: int, special: Sequence[int] = ()) -
             note += f", {more['past']} cached"
         arrays = made(signature, batch, size - more.get("past", 0), padding, seed + number, **more)
         batches.append(Batch("grid", note, arrays))
-    return (*batches, *_odd_batches(signature, seed, special))
+    return (*batches, *_odd_batches(signature, seed, special, types))
 
 
-def _odd_batches(signature: Signature, seed: int, special: Sequence[int]) -> Iterator[Batch]:
+def _odd_batches(
+    signature: Signature, seed: int, special: Sequence[int], types: int
+) -> Iterator[Batch]:
     names = {spec.name for spec in signature.inputs}
     if "pixel_values" in names:
         for note, factor in (("pictures all zero", 0), ("pictures far too bright", 16)):
@@ -256,6 +261,11 @@ def _odd_batches(signature: Signature, seed: int, special: Sequence[int]) -> Ite
             counts = arrays["attention_mask"] == 1
             arrays["input_ids"] = np.where(counts, row, signature.pad_token_id)
             yield Batch("grid", f"{note}, batch {batch}, length {size}, padding {padding}", arrays)
+    if "token_type_ids" in names and types > 1:
+        arrays = made(signature, batch, size, padding, seed)
+        arrays["token_type_ids"][..., size // 2 :] = types - 1
+        note = f"two token types, batch {batch}, length {size}, padding {padding}"
+        yield Batch("grid", note, arrays)
 
 
 def alone(batch: Batch, row: int, signature: Signature) -> Batch:

@@ -30,6 +30,7 @@ def load_merged(folder: Path, *, altered: bool = False) -> nn.Module:
         _refuse_altered(folder)
     architecture = models.architecture_of(Adapter({}, {}, "lora"), folder)
     config = models.config_of(folder, architecture, (), None)
+    models.blank(config)  # says what is wrong with it; the loader raises as it comes
     return models.load(folder, config, all_used=True)
 
 

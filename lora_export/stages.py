@@ -215,10 +215,11 @@ def batches_of(
     Raises:
         InputError: a label is no class of the model.
     """
+    types = getattr(subject.model.config, "type_vocab_size", 0)
     return inputs.within_budget(
         (
             *real_batches(subject, texts, labels, seed),
-            *inputs.grid_batches(subject.signature, seed, special_tokens(subject)),
+            *inputs.grid_batches(subject.signature, seed, special_tokens(subject), types or 0),
         ),
         subject.signature,
     )

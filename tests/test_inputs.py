@@ -161,6 +161,14 @@ def test_special_tokens_fill_rows_of_their_own_and_are_never_padding():
     assert set(batch.arrays["input_ids"][batch.mask == 0].tolist()) == {0}
 
 
+def test_tokens_of_the_last_type_are_asked_where_there_are_several():
+    batch = inputs.grid_batches(signature(max_length=64), 0, types=2)[-1]
+    assert batch.note == "two token types, batch 3, length 12, padding right"
+    assert batch.arrays["token_type_ids"].tolist() == [[0] * 6 + [1] * 6] * 3
+    notes = [b.note for b in inputs.grid_batches(signature(max_length=64), 0, types=1)]
+    assert not any("types" in note for note in notes)
+
+
 def test_without_special_tokens_there_is_no_such_shape():
     assert not any("special" in batch.note for batch in _grid(64))
 

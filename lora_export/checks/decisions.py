@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from lora_export import checks
-from lora_export.compare import deciding, noise_floor, options
-from lora_export.records import MERGED, REFERENCE, Evidence, Recording, Verdict
+from lora_export.compare import deciding, distance, noise_floor, options
+from lora_export.records import MERGED, REFERENCE, Evidence, Verdict
 
 SCOPES = (checks.TRIAL, checks.EXPORT, checks.QUICK, checks.RUN, checks.REPLAY)
 MOST_SHOWN = 3
@@ -40,8 +40,8 @@ def judge(evidence: Evidence) -> list[Verdict]:
 def _judge(name: str, texts: list[int], floors: Mapping[str, float], evidence: Evidence) -> Verdict:
     compared, flips, excused, shown = 0, 0, 0, []
     reference, other = evidence.recordings[REFERENCE], evidence.recordings[name]
-    if _broken(reference, other):
-        return checks.counted("decisions", name, 1, 0, "flips", "outputs differ in number or shape")
+    if defect := distance(reference, other, evidence).defect:
+        return checks.counted("decisions", name, 1, 0, "flips", defect)
     for index in texts:
         batch = evidence.batches[index]
         for output in deciding(reference.outputs[index]):
@@ -68,11 +68,3 @@ def _judge(name: str, texts: list[int], floors: Mapping[str, float], evidence: E
     if shown:
         note += "; differs: " + ", ".join(shown[:MOST_SHOWN])
     return checks.counted("decisions", name, flips, compared, "flips", note, shown)
-
-
-def _broken(reference: Recording, other: Recording) -> bool:
-    shapes = [
-        [{name: array.shape for name, array in out.items()} for out in recording.outputs]
-        for recording in (reference, other)
-    ]
-    return shapes[0] != shapes[1]
