@@ -264,7 +264,7 @@ def test_everything_that_went_in_is_in_the_certificate(adapter, tmp_path, quick)
         "base/tokenizer.json",
     } <= names  # fmt: skip
     assert certificate.settings["formats"] == ["torchscript"]
-    assert certificate.settings["inputs"] == "2 sentences and 11 shapes"
+    assert certificate.settings["inputs"] == "2 sentences and 14 shapes"
 
 
 def test_wide_outputs_are_compared_on_fewer_inputs(tiny, tiny_base, monkeypatch, tmp_path):

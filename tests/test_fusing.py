@@ -27,7 +27,7 @@ def exported(tmp_path, monkeypatch):
 
     def export(subject, name="onnx", **form):
         grid = inputs.grid_batches(subject.signature, 1)
-        monkeypatch.setattr(stages, "_processor_to", lambda target, source: ())
+        monkeypatch.setattr(stages, "_copy_processor", lambda source, target: None)
         monkeypatch.setattr(stages, "calibration", lambda *_: [b.arrays for b in grid[3:6]])
         return stages.export_stage(name, subject, tmp_path, form=Form(**form))
 
