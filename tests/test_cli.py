@@ -246,3 +246,40 @@ def test_the_same_version_everywhere(call):
     from importlib.metadata import version
 
     assert version("lora-export") in call("--version")[1]
+
+
+# ---------------------------------------------------------------- check
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--adapter", "a.safetensors", "--replay"), "exclude each other"),
+        (("--replay", "--from-evidence"), "exclude each other"),
+        (("--quick",), "--quick is of use with --adapter only"),
+        (("--artifact", "model.onnx"), "--artifact is of use with --adapter only"),
+        (("--replay", "--tolerance", "1"), "--tolerance is of use with --adapter only"),
+        (("--out", "again"), "--out is of use with --adapter and --replay"),
+        (("--tolerance", "0", "--adapter", "a"), "--tolerance"),
+        (("--replay",), "no run in run"),
+        (("--adapter", "nothing"), "no merged model in run/merged"),
+    ],
+)
+def test_a_check_that_makes_no_sense_is_a_usage_error(call, words, said):
+    code, out, err = call("check", *words)
+    assert (code, out) == (2, "")
+    assert said in err
+
+
+def test_limits_of_the_command_line_are_those_that_are_judged_by(call, adapter):
+    assert call("merge", "--adapter", adapter)[0] == 0
+    code, out, _ = call("onnx", "--tolerance", 1e-12, "--json", "--quiet")
+    found = json.loads(out)
+    limits = {v["limit"] for v in found["verdicts"] if v["check"] == "parity"}
+    assert (code, limits) == (5, {1e-12})
+    code, out, _ = call("onnx", "--strict", "--json", "--quiet", "--overwrite")
+    floor = {v["check"]: v["limit"] for v in json.loads(out)["verdicts"]}
+    assert code == 0
+    code, out, _ = call("onnx", "--json", "--quiet", "--overwrite")
+    usual = {v["check"]: v["limit"] for v in json.loads(out)["verdicts"]}
+    assert floor["parity"] == pytest.approx(usual["parity"] * 3 / 8)

@@ -204,6 +204,7 @@ def test_the_file_declares_text_and_labels(exported):
     onnx.checker.check_model(str(path), full_check=True)
 
 
+@pytest.mark.slow
 def test_a_file_for_regression_gives_its_value_alone(exported):
     _, path, certificate = exported("bert", wordpiece(), labels=False, num_labels=1)
     certificate.require()
@@ -211,6 +212,7 @@ def test_a_file_for_regression_gives_its_value_alone(exported):
     assert {v.subject for v in certificate.verdicts if v.check == "text"} == {"tokens"}
 
 
+@pytest.mark.slow
 def test_several_labels_at_once_are_not_decided_among(exported):
     _, path, certificate = exported("bert", wordpiece(), problem_type="multi_label_classification")
     certificate.require()
@@ -218,6 +220,7 @@ def test_several_labels_at_once_are_not_decided_among(exported):
 
 
 @pytest.mark.parametrize("family", ["bert-features", "bert-tokens", "bert-mlm"])
+@pytest.mark.slow
 def test_other_encoders_give_what_they_gave_to_token_ids(exported, family):
     folder, path, certificate = exported(family, wordpiece(), labels=False)
     certificate.require()
@@ -227,6 +230,7 @@ def test_other_encoders_give_what_they_gave_to_token_ids(exported, family):
         assert array.shape == wanted[name].shape
 
 
+@pytest.mark.slow
 def test_a_sentence_transformer_gives_an_embedding_of_a_text(folder_of, tmp_path):
     folder = folder_of("bert-features", wordpiece(), labels=False, intermediate_size=32)
     (folder / "1_Pooling").mkdir()
@@ -248,6 +252,7 @@ def test_eight_bits_take_text_too(exported):
     assert answers(path, TEXTS)["label"].shape == (len(TEXTS),)
 
 
+@pytest.mark.slow
 def test_the_graph_as_torch_wrote_it_takes_text_too(exported):
     exported("bert", wordpiece(), form=(("optimize", False),))[2].require()
 
@@ -372,7 +377,12 @@ def _other_words():
 
 @pytest.mark.parametrize(
     ("other", "change"),
-    [(_other_words, {}), (_cased, {}), (_accented, {}), (wordpiece, {"max_length": 4000})],
+    [
+        pytest.param(_other_words, {}, marks=pytest.mark.slow),
+        pytest.param(_cased, {}, marks=pytest.mark.slow),
+        (_accented, {}),
+        pytest.param(wordpiece, {"max_length": 4000}, marks=pytest.mark.slow),
+    ],
     ids=["another vocabulary", "lower-casing flipped", "accents kept", "truncation missing"],
 )
 def test_a_tokenizer_that_differs_fails(folder_of, out, monkeypatch, other, change):

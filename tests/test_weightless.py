@@ -129,7 +129,7 @@ def written(family, dtype, precision, path):
 @pytest.mark.parametrize(
     ("family", "dtype", "precision"),
     [
-        ("llama", HALF, "fp32"),
+        pytest.param("llama", HALF, "fp32", marks=pytest.mark.slow),
         ("gpt2", torch.float32, "fp32"),  # tied, and transposed
         ("bert-tokens", torch.float32, "fp16"),
     ],
