@@ -168,11 +168,14 @@ def _contradicts(evidence: Evidence, batch: Batch, name: str, shape: tuple[int, 
     """Return what the attention mask asks of the shape of an output, where it has another."""
     attended = evidence.signature.attended(batch.arrays) if evidence.signature else {}
     axes = axes_of(evidence, name)
-    wanted = [attended[axis].shape[-1] if axis in attended else -1 for axis in axes]
+    known = {axis: mask.shape[-1] for axis, mask in attended.items()}
+    if "attention_mask" in batch.arrays:
+        known["batch"] = len(batch.mask)
+    wanted = [known.get(str(axis), -1) for axis in axes]
     if wanted and len(wanted) != len(shape):
         return f"{len(wanted)} axes"
     if any(want not in (-1, size) for want, size in zip(wanted, shape, strict=False)):
-        return f"{axes} of {[a.shape[-1] for a in attended.values()]}"
+        return f"{axes} of {known}"
     return ""
 
 

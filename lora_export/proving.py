@@ -192,7 +192,7 @@ def observe(truth: Truth, made: Made, *, threads: int, say: Say = silent) -> Evi
     )
     for runner in sound.values():
         evidence = observe_runner(evidence, runner, truth.asked.scope)
-    if subject is not None:
+    if subject is not None and MERGED in sound:  # or it is no model to look for
         for name, artifact in made.artifacts.items():
             place = made.places[name]
             evidence = look_inside(evidence, subject, artifact, place, truth.asked.scope, say)

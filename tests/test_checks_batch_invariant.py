@@ -126,3 +126,10 @@ def test_a_model_that_depends_on_the_others_itself_is_held_to_its_answers_alone(
     assert (found["onnx"].status, found["onnx"].where) == (Status.FAIL, (repr(TEXTS[1]),))
     right = (exact[0], *rows[1:])  # the reference does not depend on the others
     assert not judged(evidence(alone=right))[MERGED].passed
+
+
+def test_rows_of_a_batch_that_is_gone_are_no_pass():
+    found = evidence()
+    nothing = {n: dataclasses.replace(r, outputs=()) for n, r in found.recordings.items()}
+    gone = dataclasses.replace(found, batches=(), recordings=nothing)
+    assert {v.status for v in batch_invariant.judge(gone)} == {Status.NOT_RUN}

@@ -98,8 +98,11 @@ def test_every_output_of_a_model_is_compared():
 
 def test_outputs_without_elements_are_no_comparison():
     empty = recording("x", [np.zeros((0, 2)), np.zeros((0, 2))])
-    found = compare.distance(empty, empty, evidence())
+    found = compare.distance(empty, empty, evidence(signature=None))
     assert (found.compared, found.defect) == (0, "nothing was compared")
+    told = compare.distance(empty, empty, evidence())
+    assert told.compared == 0
+    assert "logits has shape (0, 2), the mask asks for" in told.defect
 
 
 def test_outputs_that_do_not_fit_the_mask_are_a_defect():

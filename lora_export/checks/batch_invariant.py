@@ -34,7 +34,7 @@ def judge(evidence: Evidence) -> list[Verdict]:
     wanted = [name for name in (MERGED, *reduced) if name != MERGED or name in known]
     found = []
     for name in wanted:
-        rows = [entry for entry in evidence.alone if entry.runner == name]
+        rows = [a for a in evidence.alone if a.runner == name and a.batch < len(evidence.batches)]
         answers = [known.get(of) for of in (REFERENCE, evidence.floor, name)]
         whole = all(a and len(a.outputs) == len(evidence.batches) for a in answers)
         if signature and rows and whole:
