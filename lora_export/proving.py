@@ -199,7 +199,10 @@ def observe(truth: Truth, made: Made, *, threads: int, say: Say = silent) -> Evi
     if "latency" not in checks.asked_by(truth.asked.scope):
         return evidence
     say("timing")
-    timings = timing.measure(timed | sound, signature, threads=threads, seed=truth.asked.seed)
+    asked = truth.asked
+    timings = timing.measure(
+        timed | sound, signature, threads=threads, seed=asked.seed, limit=asked.policy.slowest
+    )
     return replace(evidence, timings=timings)
 
 

@@ -33,11 +33,12 @@ def all_threads() -> Iterator[int]:
 
 
 def measure(
-    runners: Mapping[str, Runner], signature: Signature, *, threads: int, seed: int
+    runners: Mapping[str, Runner], signature: Signature, *, threads: int, seed: int, limit: float
 ) -> tuple[Timing, ...]:
     """Return the samples of all `runners` at each shape of `inputs.TIMED`, in milliseconds.
 
-    Where there is a cache, also those of the next token, with the others in the cache.
+    Where there is a cache, also those of the next token, with the others in the cache. Rounds are
+    taken until every ratio is known well, or known to lie on one side of `limit`.
     """
     shapes = []
     for batch, longest in TIMED:
@@ -46,7 +47,9 @@ def measure(
         if signature.has_cache:  # the source of an encoder-decoder is all in the cache by then
             new = 0 if signature.has_target else 1
             shapes += [(batch, new, length - new)]
-    return tuple(_measure(runners, signature, *shape, threads, seed) for shape in shapes)
+    return tuple(
+        _measure(runners, signature, *shape, threads, seed, limit=limit) for shape in shapes
+    )
 
 
 def measure_shape(
@@ -92,9 +95,10 @@ def _measure(
     seed: int,
     against: str = UNMERGED,
     most_seconds: float | None = None,
+    limit: float | None = None,
 ) -> Timing:
     arrays = made(signature, batch, length, "right", seed, past=past, target_past=past)
-    limit = MOST_SECONDS if most_seconds is None else most_seconds
+    longest = MOST_SECONDS if most_seconds is None else most_seconds
     samples: dict[str, list[float]] = {name: [] for name in runners}
     for runner in runners.values():
         for _ in range(WARM_UP):
@@ -111,11 +115,14 @@ def _measure(
         if rounds < LEAST_ROUNDS or rounds % 10:
             continue
         timing = Timing(batch, length, threads, {n: tuple(s) for n, s in samples.items()}, past)
-        late = time.monotonic() - start > limit or rounds >= MOST_ROUNDS
-        if late or all(_is_narrow(timing, name, against) for name in runners if name != against):
+        late = time.monotonic() - start > longest or rounds >= MOST_ROUNDS
+        others = (name for name in runners if name != against)
+        if late or all(_is_known(timing, name, against, limit) for name in others):
             return timing
 
 
-def _is_narrow(timing: Timing, runner: str, against: str) -> bool:
+def _is_known(timing: Timing, runner: str, against: str, limit: float | None) -> bool:
+    """Return whether the interval of a ratio is narrow, or lies on one side of `limit`."""
     _, low, high = median_interval(ratios(timing, runner, against))
-    return bool(np.isfinite(high)) and (high - low) / 2 <= HALF_WIDTH
+    decided = limit is not None and (high <= limit or low > limit)
+    return bool(np.isfinite(high)) and (decided or (high - low) / 2 <= HALF_WIDTH)

@@ -135,6 +135,15 @@ def test_measuring_ends_once_the_interval_reaches_two_hundredths_to_either_side(
     assert len(_measure(runners).samples_ms[UNMERGED]) == rounds
 
 
+@pytest.mark.parametrize(
+    ("limit", "rounds"), [(1.1, timing.LEAST_ROUNDS), (1.04, timing.MOST_ROUNDS)]
+)
+def test_measuring_ends_once_the_interval_lies_on_one_side_of_the_limit(clock, limit, rounds):
+    runners, _ = _runners(clock, **{UNMERGED: [8.0], "onnx": [8.0, 8.0 * 1.06]})
+    found = timing._measure(runners, signature(), 2, 8, 0, 3, 0, limit=limit)
+    assert len(found.samples_ms[UNMERGED]) == rounds
+
+
 def test_one_candidate_that_wavers_keeps_all_of_them_going(clock):
     runners, _ = _runners(clock, **STEADY | {"onnx": [1.0, 20.0]})
     lengths = {len(samples) for samples in _measure(runners).samples_ms.values()}
@@ -156,12 +165,12 @@ def test_a_timing_says_what_it_was_taken_on(clock):
 
 def test_every_shape_of_the_list_is_timed(clock):
     runners, _ = _runners(clock, **STEADY)
-    found = timing.measure(runners, signature(), threads=2, seed=0)
+    found = timing.measure(runners, signature(), threads=2, seed=0, limit=1.1)
     assert [(t.batch, t.sequence) for t in found] == list(inputs.TIMED)
     assert all(t.samples_ms.keys() == runners.keys() for t in found)
 
 
 def test_no_shape_is_longer_than_the_model_accepts(clock):
     runners, _ = _runners(clock, **STEADY)
-    found = timing.measure(runners, signature(max_length=5), threads=2, seed=0)
+    found = timing.measure(runners, signature(max_length=5), threads=2, seed=0, limit=1.1)
     assert {t.sequence for t in found} == {5}
