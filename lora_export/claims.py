@@ -17,8 +17,8 @@ from lora_export.records import MERGED, Artifact, Claim, FileDigest
 from lora_export.rounding import DTYPES
 
 ABSENT = "absent"
-# Fields of a base's config.json that a merged one has not: told by the labels; a place.
-_LEFT_OUT = ("num_labels", "_name_or_path")
+# Fields of config.json that say nothing of the model: told by the labels; a place; who wrote it.
+_LEFT_OUT = ("num_labels", "_name_or_path", "transformers_version")
 
 
 def of_merged(
@@ -48,8 +48,12 @@ def of_merged(
         part, _, entry = name.partition(" ")
         section = said.get(part)
         found[name] = section.get(entry, ABSENT) if isinstance(section, dict) else ABSENT
-    config = {f"config.json {k}": v for k, v in _flat(_read(folder / "config.json")).items()}
     wanted = {f"config.json {k}": v for k, v in _config(job).items()}
+    fields = _flat(_read(folder / "config.json"))
+    config = {f"config.json {k}": v for k, v in fields.items() if k not in _LEFT_OUT}
+    if not said:  # others write defaults out, and leave them out
+        config = {name: value for name, value in config.items() if name in wanted}
+        wanted = {name: value for name, value in wanted.items() if name in config}
     files = {name: _content(file) for name, file in job.beside().items()}
     own = {*files, *(name for name in PROCESSOR if (folder / name).is_file())}
     there = {name: _content(folder / name) for name in own}

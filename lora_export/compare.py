@@ -45,6 +45,8 @@ def distance(
         raised = _raised(reference, index) or _raised(other, index)
         if defect := raised or _defect(evidence, batch, expected, found):
             return Distance(np.inf, compared, f"batch {index} ({batch.note}): {defect}", index)
+        if only is not None and only not in expected:
+            return Distance(np.inf, compared, f"batch {index} ({batch.note}): no output", index)
         for name in expected if only is None else (only,):
             error = np.abs(
                 valid(found[name], batch, evidence, name).astype(np.float64)

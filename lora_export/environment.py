@@ -12,6 +12,7 @@ PACKAGES = (
     "lora-export", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "safetensors",
     "numpy", "blake3",
 )  # fmt: skip
+WRITERS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir", "openvino")  # of artifacts
 # Instruction sets that change what a kernel computes, or how fast.
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16",
           "amx_int8", "asimd", "sve")  # fmt: skip
@@ -54,6 +55,11 @@ def describe(threads: int) -> dict[str, Any]:
         "openmp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
+
+
+def writers() -> dict[str, str | None]:
+    """Return the versions of what decides the bytes of an artifact."""
+    return {name: _version(name) for name in WRITERS}
 
 
 def resident_memory() -> int:

@@ -94,7 +94,8 @@ def _calls(subject: Subject) -> dict[str, tuple[nn.Module, int]]:
     signature, runner = subject.signature, subject.runner(MERGED)
     runs: list[dict[str, set[str]]] = []
     for seed in (0, 1):
-        given = inputs.made(signature, 2, 7, "right", seed, past=3, target=5, target_past=4)
+        length = min(7, signature.max_length - 3) if signature.max_length else 0
+        given = inputs.made(signature, 2, length, "right", seed, past=3, target=5, target_past=4)
         with _heard(subject.model) as heard:
             answers = {_digest(torch.from_numpy(array)) for array in runner.run(given).values()}
         runs.append(

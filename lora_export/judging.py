@@ -79,19 +79,23 @@ def write_certificate(
             file.write_text(text, "utf-8")
 
 
-def _held_against(
-    verdicts: Sequence[Verdict], found: Sequence[FileDigest], old: Certificate
-) -> list[Verdict]:
-    """Return what only the old certificate can tell: other evidence, a verdict that is gone."""
+def _held_against(verdicts: Sequence[Verdict], old: Certificate) -> list[Verdict]:
+    """Return the verdicts of the old certificate that are gone."""
     told = {(v.check, v.subject) for v in old.verdicts}
     lost = told - {(v.check, v.subject) for v in verdicts} - {("intact", "evidence")}
-    faults = [checks.not_run(*claim, "its evidence is gone") for claim in sorted(lost)]
-    if changed := {file.name for file in set(found) ^ set(old.evidence)}:
-        note = listed("changed since", changed)
-        faults.append(
-            checks.counted("intact", "evidence", len(changed), len(found), "changed", note)
-        )
-    return faults
+    return [checks.not_run(*claim, "its evidence is gone") for claim in sorted(lost)]
+
+
+def changed_evidence(folder: Path, old: Certificate) -> list[Verdict]:
+    """Return a verdict that fails where the evidence in `folder` is not that of its certificate."""
+    found = [storage.digest(file) for file in sorted((folder / EVIDENCE).iterdir())]
+    changed = {file.name for file in {*found} ^ {*old.evidence}}
+    if not changed:
+        return []
+    note = listed("changed since", changed)
+    return [
+        checks.counted("intact", "evidence", len(changed), len(found), "changed", note, changed)
+    ]
 
 
 def publish_evidence(
@@ -106,12 +110,23 @@ def publish_evidence(
     return complete
 
 
-def files_in(folder: Path) -> tuple[FileDigest, ...]:
-    """Return the files of the run in `folder` as they are now, but for what is said about them."""
+def files_in(folder: Path, recorded: Sequence[FileDigest]) -> tuple[FileDigest, ...]:
+    """Return the `recorded` files in `folder` as they are now, and others that a loader would read.
+
+    Those lie beside recorded ones; what is said about the files is none of them.
+    """
+    names = {file.name for file in recorded}
+    folders = {Path(name).parent for name in names}
+    ours = {companions.PROVENANCE, *REPORTS} - names
     return tuple(
         file
         for file in storage.digest_tree(folder)
-        if file.name not in REPORTS and not file.name.startswith(f"{EVIDENCE}/")
+        if file.name in names
+        or (
+            file.name not in ours
+            and Path(file.name).parent in folders
+            and companions.is_loaded(Path(file.name).name)
+        )
     )
 
 
@@ -138,6 +153,18 @@ def saved_evidence(folder: Path) -> Evidence:
     return found
 
 
+def with_files_now(evidence: Evidence, folder: Path) -> Evidence:
+    """Return `evidence` with its files as they are now in `folder`.
+
+    Raises:
+        InputError: none of them is there.
+    """
+    now = files_in(folder, evidence.files)
+    if evidence.files and not {f.name for f in evidence.files} & {f.name for f in now}:
+        raise InputError(f"the files that were checked lie elsewhere, not in {folder}")
+    return dataclasses.replace(evidence, files_now=now)
+
+
 def verify_files(
     folder: str | Path, *, command: str = "lora_export.verify_files", say: Say = silent
 ) -> Certificate:
@@ -159,19 +186,7 @@ def verify_files(
     else:
         raise InputError(f"{folder} has neither {CERTIFICATE} nor {companions.PROVENANCE}")
     say("hashing")
-    names = {file.name for file in recorded}
-    folders = {Path(name).parent for name in names}
-    ours = {record, *(REPORTS if record == CERTIFICATE else ())}
-    now = tuple(
-        file
-        for file in storage.digest_tree(folder)
-        if file.name in names
-        or (
-            file.name not in ours
-            and Path(file.name).parent in folders
-            and companions.is_loaded(Path(file.name).name)
-        )
-    )
+    now = files_in(folder, recorded)
     return Certificate(
         command=command,
         verdicts=tuple(intact.judge(Evidence(files=recorded, files_now=now))),
@@ -193,12 +208,12 @@ def check_run(folder: str | Path, *, say: Say = silent) -> Certificate:
     """
     folder = Path(folder)
     say("judging recorded evidence")
-    evidence = dataclasses.replace(saved_evidence(folder), files_now=files_in(folder))
+    evidence = with_files_now(saved_evidence(folder), folder)
     old = certificates.read(folder)
     scope = str(old.settings.get("scope", checks.RUN))
     fresh = certify(evidence, scope, old.command, old.inputs, old.settings, 1)
-    found = tuple(storage.digest(file) for file in sorted((folder / EVIDENCE).iterdir()))
-    verdicts = (*fresh.verdicts, *_held_against(fresh.verdicts, found, old))
+    lost = _held_against(fresh.verdicts, old)
+    verdicts = (*fresh.verdicts, *lost, *changed_evidence(folder, old))
     certificate = dataclasses.replace(
         fresh, verdicts=verdicts, environment=old.environment, evidence=old.evidence
     )

@@ -27,11 +27,12 @@ from lora_export import (
 )
 from lora_export.companions import PROVENANCE
 from lora_export.environment import peak_memory, resident_memory
-from lora_export.errors import InputError
+from lora_export.errors import InputError, listed
 from lora_export.judging import Say, certify, publish_evidence, silent
 from lora_export.opening import Job, Options, open_job
 from lora_export.records import (
     MERGED,
+    PAST,
     REFERENCE,
     Artifact,
     Certificate,
@@ -40,6 +41,7 @@ from lora_export.records import (
     Form,
     Measurement,
     Policy,
+    Signature,
 )
 
 MERGED_FOLDER = "merged"
@@ -136,6 +138,7 @@ def check_files(
     seed: int = 0,
     cache: bool = True,
     quick: bool = False,
+    precision: str = registry.FULL,
     policy: Policy | None = None,
     command: str = "lora_export.check_files",
     say: Say = silent,
@@ -155,13 +158,16 @@ def check_files(
         seed: Of the generated inputs and of the order of timing.
         cache: Whether the artifacts of a model that generates take and give its cache.
         quick: Look at fewer inputs, and leave out what takes long; see `checks.QUICK`.
+        precision: Of the artifacts; it decides by which limits they are judged.
         policy: Limits of the checks.
         command: What to record as the command that was run.
         say: Called with the name of each stage as it begins.
-        options: Fields of `opening.Options`; those that the merge wrote down, where none are given.
+        options: Fields of `opening.Options`. What the merge says about its form is taken from it;
+            what decides the result has to be said here.
 
     Raises:
-        InputError: there is nothing to check, or adapter or base is missing or damaged.
+        InputError: there is nothing to check, adapter or base is missing or damaged, or the merge
+            was made with other options.
         AdapterMismatch: adapter and base do not fit together.
         ExportFailed: an artifact cannot be opened.
     """
@@ -176,19 +182,19 @@ def check_files(
     texts, labels = inputs.read_texts(source)
     asked = proving.Asked(texts, labels, seed, quick, policy or Policy())
     say("reading adapter and base")
-    ours = (model / PROVENANCE).is_file()
-    wanted = merged_files.recorded_options(model, options) if ours else Options(**options)
-    job = open_job(adapter, base, wanted)
+    job = open_job(adapter, base, _options(model, options))
     with timing.all_threads() as threads:
         truth = _truth(job, asked, cache, say)
         say("deriving every merged weight again")
-        made = proving.made_of(job, model, places)
+        made = proving.made_of(job, model, places, precision)
+        _refuse_other_calls(truth.subject.signature, made.artifacts)
+        then = _files(model, made.artifacts)
         observed = proving.observe(truth, made, threads=threads, say=say)
-        now = (*storage.digest_tree(model, prefix=f"{model.name}/"), *_own(made.artifacts))
-        then = now  # where nobody said what they should be
+        again = {name: stages.described(name, place) for name, place in places.items()}
+        evidence = dataclasses.replace(observed, files=then, files_now=_files(model, again))
         if not (merged or artifacts) and (folder / judging.CERTIFICATE).is_file():
-            then, now = certificates.read(folder).outputs, judging.files_in(folder)
-        evidence = dataclasses.replace(observed, files=then, files_now=now)
+            told = dataclasses.replace(evidence, files=certificates.read(folder).outputs)
+            evidence = judging.with_files_now(told, folder)
         say("judging")
         settings = _settings(truth, evidence)
         certificate = certify(evidence, asked.scope, command, job.inputs(source), settings, threads)
@@ -197,6 +203,39 @@ def check_files(
         with publishing.staged(Path(out), overwrite=overwrite) as place:
             place.mkdir()
             return publish_evidence(evidence, certificate, place, say=say)
+
+
+def _options(model: Path, given: Mapping[str, Any]) -> Options:
+    """Return the options to derive the merged `model` again with.
+
+    Raises:
+        InputError: it says that it was made with others, which change what is right.
+    """
+    if not (model / PROVENANCE).is_file():
+        return Options(**given)
+    said = merged_files.recorded_options(model, {})
+    form = {name: getattr(said, name) for name in ("dtype", "shard_size", "with_code")}
+    wanted = Options(**{**form, **given})
+    other = [
+        f"{name} {value!r}" for name, value in vars(said).items() if getattr(wanted, name) != value
+    ]
+    if other:
+        raise InputError(
+            listed("the merge was made with options that are to be given here too", other)
+        )
+    return wanted
+
+
+def _refuse_other_calls(signature: Signature, artifacts: Mapping[str, Artifact]) -> None:
+    """Raise `InputError` where an artifact takes no cache, and is to be proven with one."""
+    for artifact in artifacts.values():
+        takes = any(spec.name.startswith(f"{PAST}.") for spec in artifact.inputs)
+        if artifact.inputs and signature.has_cache and not takes:
+            raise InputError(f"the {artifact.format} file takes no cache: pass --no-cache")
+
+
+def _files(model: Path, artifacts: Mapping[str, Artifact]) -> tuple[FileDigest, ...]:
+    return (*storage.digest_tree(model, prefix=f"{model.name}/"), *_own(artifacts))
 
 
 def _own(artifacts: Mapping[str, Artifact]) -> tuple[FileDigest, ...]:
@@ -217,6 +256,12 @@ def _settings(truth: proving.Truth, evidence: Evidence) -> dict[str, Any]:
         runtimes=evidence.runtimes,
         **truth.asked.stated,
     )
+    kept = [a.format for a in evidence.artifacts if exporters.form_of(a) is None]
+    if kept and "reproducible" in checks.asked_by(truth.asked.scope):
+        settings["notes"].append(
+            f"{', '.join(kept)}: not exported again, because it was written by other versions or "
+            "by others, or calibrated on sentences that are not here"
+        )
     if evidence.timings:
         settings["warm_up"] = timing.WARM_UP
     if count := sum(1 for _ in recomputed.updates(truth.subject.model)):

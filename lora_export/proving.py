@@ -24,12 +24,13 @@ from lora_export import (
     models,
     observing,
     placing,
+    registry,
     stages,
     timing,
 )
 from lora_export.calling import interface_of
 from lora_export.checks import graph, parity
-from lora_export.errors import ExportFailed, InputError, LoraExportError, first_line
+from lora_export.errors import InputError, LoraExportError, first_line
 from lora_export.judging import Say, silent
 from lora_export.merged_files import audit
 from lora_export.opening import Job
@@ -146,13 +147,22 @@ def _observed(
     return found.alone, found.written
 
 
-def made_of(job: Job, merged: Path, places: Mapping[str, Path]) -> Made:
+def made_of(
+    job: Job, merged: Path, places: Mapping[str, Path], precision: str = registry.FULL
+) -> Made:
     """Return what lies in `merged` and at `places`, every merged weight derived again.
 
     Raises:
+        InputError: an artifact is in another precision: none chooses its own limits.
         ExportFailed: an artifact is no file of its format.
     """
     found = {name: stages.described(name, place) for name, place in places.items()}
+    for name, artifact in found.items():
+        if artifact.precision != precision:
+            raise InputError(
+                f"{places[name].name} is in {artifact.precision}, as it says; to prove it as that, "
+                f"pass --precision {artifact.precision}"
+            )
     return Made(merged, *audit(job, merged), found, places)
 
 
@@ -196,6 +206,13 @@ def observe(truth: Truth, made: Made, *, threads: int, say: Say = silent) -> Evi
         for name, artifact in made.artifacts.items():
             place = made.places[name]
             evidence = look_inside(evidence, subject, artifact, place, truth.asked.scope, say)
+    replies = tuple(
+        reply
+        for name, artifact in made.artifacts.items()
+        if artifact.takes_text and name in sound
+        for reply in stages.replies(truth.subject, runners[name], truth.batches)
+    )
+    evidence = replace(evidence, replies=replies)
     if "latency" not in checks.asked_by(truth.asked.scope):
         return evidence
     say("timing")
@@ -248,7 +265,7 @@ def look_inside(
         scope == checks.RUN or not _agrees(replace(evidence, graphs=answers), artifact)
     ):
         batch = evidence.batches[diagnosing.worst(answers, evidence)]
-        with contextlib.suppress(ExportFailed):  # it cannot be evaluated, as `answers` say
+        with contextlib.suppress(Exception):  # it names the place, and decides nothing
             outputs = localising.module_outputs(subject, artifact, place, batch)
     fusions: tuple[Fusion, ...] = ()
     repeats: tuple[Repeat, ...] = ()

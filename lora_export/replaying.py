@@ -6,7 +6,7 @@ Neither torch nor transformers, nor base, adapter or the model's code is needed.
 import dataclasses
 from pathlib import Path
 
-from lora_export import checks, judging, publishing, registry
+from lora_export import certificates, checks, judging, publishing, registry
 from lora_export.environment import cores
 from lora_export.errors import InputError
 from lora_export.judging import Say, certify, silent
@@ -52,16 +52,18 @@ def replay(
         runtimes[artifact.format] = runner.settings
     say("judging")
     again = dataclasses.replace(
-        evidence,
+        judging.with_files_now(evidence, folder),
         artifacts=tuple(artifacts),
         recordings=recordings,
         timings=(),
         measured=(),
-        files_now=judging.files_in(folder),
         runtimes=runtimes,
     )
     settings = {"runtimes": runtimes, "notes": [f"{name} needs torch: not run" for name in left]}
-    certificate = certify(again, checks.REPLAY, command, (), settings, threads)
+    old = certificates.read(folder)
+    judged = certify(again, checks.REPLAY, command, old.inputs, settings, threads)
+    verdicts = (*judged.verdicts, *judging.changed_evidence(folder, old))
+    certificate = dataclasses.replace(judged, verdicts=verdicts)
     if out is None:
         return certificate
     with publishing.staged(Path(out), overwrite=overwrite) as place:

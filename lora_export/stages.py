@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_export import (
     companions,
+    environment,
     exporters,
     inputs,
     loading,
@@ -124,6 +125,7 @@ def export_stage(
     with models.quiet():
         model = subject.interface.bind(subject.model)
         known = about(subject) | {registry.PRECISION: json.dumps(form.precision)}
+        known[exporters.MADE_WITH] = json.dumps(environment.writers(), sort_keys=True)
         if more := form.asked | ({exporters.CALIBRATION: True} if examples else {}):
             known[exporters.FORM] = json.dumps(more, sort_keys=True)
         runs = calibration(subject, examples) if form.precision in registry.CALIBRATED else ()
@@ -147,10 +149,13 @@ def described(name: str, path: Path) -> Artifact:
     folder = own if own.is_dir() else path.with_name(SHARED_TOKENIZER)
     present = [n for n in companions.PROCESSOR if (folder / n).is_file()]
     said = artifact.facts.get("metadata", {}).get(registry.PRECISION, json.dumps(registry.FULL))
+    precision = next((known for known in registry.PRECISIONS if json.dumps(known) == said), None)
+    if precision is None:
+        raise ExportFailed(f"{path.name} says that its precision is {said[:60]}")
     return replace(
         artifact,
         beside=tuple(storage.digest(folder / n, f"{folder.name}/{n}") for n in present),
-        precision=json.loads(said),
+        precision=precision,
     )
 
 

@@ -4,10 +4,11 @@ Every number is a multiple of a power of two, so that deviations, floors and lim
 """
 
 import dataclasses
+import json
 
 import numpy as np
 
-from lora_export import checks, judging, registry, storage
+from lora_export import checks, environment, exporters, judging, registry, storage
 from lora_export.records import (
     IDLE,
     MERGED,
@@ -38,6 +39,11 @@ from lora_export.records import (
     Written,
 )
 
+# What an artifact says of itself that can be made again.
+SAID = {
+    registry.PRECISION: '"fp32"',
+    exporters.MADE_WITH: json.dumps(environment.writers(), sort_keys=True),
+}
 NOISE = 2.0**-20  # how far the unmerged model lies from the reference: the noise floor
 LIMIT = 8 * NOISE
 TEXTS = ("Good film.", "Bad film.", "So | so.")
@@ -76,7 +82,7 @@ def artifact(name="onnx", **changes):
         files=(FileDigest("model.onnx", 2_000_000, "sha256:bb"),),
         inputs=signature().inputs,
         outputs=signature().outputs,
-        facts={"opset": 20, "metadata": {registry.PRECISION: '"fp32"'}},
+        facts={"opset": 20, "metadata": SAID},
         lora_names=(),
         leaked_paths=(),
     )

@@ -182,6 +182,29 @@ def test_the_figures_of_exported_models_are_those_of_the_shipped_benchmark():
         assert f"{seconds} s and {peak} MB" in " ".join(section.split())
 
 
+def test_the_figures_of_planted_faults_are_those_of_the_shipped_runs():
+    lines = (ROOT / "artifacts" / "proof" / "fault_injection.jsonl").read_text("utf-8")
+    rows = [row for row in map(json.loads, lines.splitlines()) if "kind" in row]
+    section = README.partition("### Planted faults")[2].partition("\n#")[0]
+    shown = re.findall(r"^\| (\w+) \|((?: [\d of-]+ \|){5})$", section, re.M)
+    assert {name for name, _ in shown} == {row["kind"].split(":")[0] for row in rows} | {"all"}
+    for name, cells in shown:
+        group = [r for r in rows if name in ("all", r["kind"].split(":")[0])]
+        found = [r for r in group if r["outcome"] in ("caught", "refused")]
+        stopped = [r for r in group if r["outcome"] == "not proven"]
+        usual = [r["usual"] for r in group if r["usual"]]
+        expected = [str(len(group)), str(len(found) + len(stopped))]
+        expected.append(f"{sum(r['located'] for r in found)} of {len(found)}")
+        for kind in "ab":
+            count = f"{sum(one[kind] for one in usual)} of {len(usual)}"
+            expected.append(count if usual else "-")
+        assert [cell.strip() for cell in cells.split("|")[:-1]] == expected, name
+    alarms = (ROOT / "artifacts" / "proof" / "false_alarms.md").read_text("utf-8")
+    counted = re.findall(r"\d+ of \d+ verdicts on \d+ correct runs", alarms.replace("\n", " "))
+    assert counted
+    assert counted[0] in " ".join(section.split())
+
+
 def test_no_place_in_the_readme_was_left_to_be_filled():
     assert not re.findall(r"^[A-Z]{4,}$|TODO|FIXME", README, re.M)
 

@@ -1,5 +1,6 @@
 """What lies on disk is proven from the files alone, whoever wrote them."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -12,7 +13,7 @@ import torch
 from hand_made import edit_tensors
 from onnx import helper, numpy_helper
 
-from lora_export import checks, exporters, pipeline, proving, timing
+from lora_export import checks, exporters, judging, pipeline, proving, timing
 from lora_export.errors import ExportFailed, InputError
 from lora_export.opening import open_job
 from lora_export.records import MERGED, Policy, Status
@@ -222,3 +223,70 @@ def test_a_quick_look_asks_no_check_that_takes_long(adapter, run):
     assert {"accounted", "exact", "parity", "decisions", "structure"} <= asked
     assert not asked & {"latency", "reproducible", "generation"}
     assert checks.QUICK == "quick"
+
+
+# ---------------------------------------------------------------- what is proven sets no limits
+
+
+def test_an_artifact_does_not_choose_the_limits_that_it_is_judged_by(adapter, run, check):
+    model = onnx.load(run / "model.onnx")
+    (said,) = (p for p in model.metadata_props if p.key == "lora_export.precision")
+    said.value = '"int8"'
+    onnx.save(model, run / "model.onnx")
+    with pytest.raises(InputError, match=r"model\.onnx is in int8, as it says.*--precision int8"):
+        check()
+    said.value = '"fp8"'
+    onnx.save(model, run / "model.onnx")
+    with pytest.raises(ExportFailed, match='says that its precision is "fp8"'):
+        check()
+
+
+def test_a_merge_does_not_choose_how_it_is_derived_again(run, check):
+    path = run / "merged" / "lora_export.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps(said | {"options": {"alpha": 32.0}}))
+    with pytest.raises(InputError, match=r"options that are to be given here too: alpha 32\.0"):
+        check()
+
+
+def test_a_config_that_transformers_wrote_anew_says_nothing_wrong(run, adapter):
+    (run / "merged" / "lora_export.json").unlink()
+    path = run / "merged" / "config.json"
+    fields = json.loads(path.read_text())
+    fields |= {"_name_or_path": "/somewhere/base", "transformers_version": "4.0.0", "new": 1}
+    path.write_text(json.dumps(fields))
+    found = pipeline.check_files(
+        adapter, merged=run / "merged", artifacts=[run / "model.onnx"], quick=True
+    )
+    assert "provenance" not in {v.check for v in found.verdicts if not v.passed}
+    fields["layer_norm_eps"] = 1e-3
+    path.write_text(json.dumps(fields))
+    found = pipeline.check_files(
+        adapter, merged=run / "merged", artifacts=[run / "model.onnx"], quick=True
+    )
+    failed = {v.check: v for v in found.verdicts if not v.passed}
+    assert failed["provenance"].where == ("merged: config.json layer_norm_eps",)
+
+
+def test_what_was_exported_by_other_versions_is_not_exported_again(run):
+    (artifact,) = (
+        proving.stages.described(name, path)
+        for name, path in exporters.by_format([run / "model.onnx"]).items()
+    )
+    assert exporters.form_of(artifact) is not None
+    said = artifact.facts["metadata"] | {exporters.MADE_WITH: '{"torch": "1.0"}'}
+    older = dataclasses.replace(artifact, facts={**artifact.facts, "metadata": said})
+    assert exporters.form_of(older) is None
+
+
+def test_a_certificate_whose_files_lie_elsewhere_is_not_judged_anew(adapter, run, tmp_path):
+    pipeline.check_files(adapter, folder=run, quick=True, out=tmp_path / "again")
+    before = (tmp_path / "again" / "certificate.json").read_bytes()
+    with pytest.raises(InputError, match="the files that were checked lie elsewhere"):
+        judging.check_run(tmp_path / "again")
+    assert (tmp_path / "again" / "certificate.json").read_bytes() == before
+
+
+def test_a_note_beside_a_run_is_no_fault(run, check):
+    (run / "NOTES.md").write_text("nothing that a loader reads")
+    assert check() == {}

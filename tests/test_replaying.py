@@ -71,7 +71,18 @@ def test_what_was_recorded_then_is_not_taken_for_what_is_answered_now(run):
     )
     damaged = dataclasses.replace(evidence, recordings={**evidence.recordings, "onnx": wrong})
     codec.save(damaged, run / "evidence", "evidence")
-    assert replaying.replay(run).ok
+    found = replaying.replay(run)
+    failed = {(v.check, v.subject) for v in found.verdicts if not v.passed}
+    assert failed == {("intact", "evidence")}
+
+
+def test_limits_that_were_loosened_later_fail(run):
+    evidence = codec.load(Evidence, run / "evidence", "evidence")
+    codec.save(
+        dataclasses.replace(evidence, policy=Policy(tolerance=1e9)), run / "evidence", "evidence"
+    )
+    failed = {(v.check, v.subject) for v in replaying.replay(run).verdicts if not v.passed}
+    assert failed == {("intact", "evidence")}
 
 
 def test_nothing_in_the_run_is_written(run):

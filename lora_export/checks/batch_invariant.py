@@ -34,7 +34,7 @@ def judge(evidence: Evidence) -> list[Verdict]:
     wanted = [name for name in (MERGED, *reduced) if name != MERGED or name in known]
     found = []
     for name in wanted:
-        rows = [a for a in evidence.alone if a.runner == name and a.batch < len(evidence.batches)]
+        rows = [a for a in evidence.alone if a.runner == name and _is_there(a, evidence)]
         answers = [known.get(of) for of in (REFERENCE, evidence.floor, name)]
         whole = all(a and len(a.outputs) == len(evidence.batches) for a in answers)
         if signature and rows and whole:
@@ -42,6 +42,14 @@ def judge(evidence: Evidence) -> list[Verdict]:
         else:
             found.append(checks.not_run(CHECK, name, "no row was passed alone"))
     return found or [checks.not_run(CHECK, "rows", "nothing answered them")]
+
+
+def _is_there(alone: Alone, evidence: Evidence) -> bool:
+    """Return whether the batch and the row are among those of the evidence."""
+    if not 0 <= alone.batch < len(evidence.batches):
+        return False
+    arrays = evidence.batches[alone.batch].arrays.values()
+    return 0 <= alone.row < min((len(array) for array in arrays), default=0)
 
 
 def _judge(

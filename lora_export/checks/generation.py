@@ -9,7 +9,7 @@ from lora_export.compare import distance, tolerance
 from lora_export.records import MERGED, REFERENCE, Evidence, Verdict, Written
 
 CHECK = "generation"
-SCOPES = (checks.RUN,)
+SCOPES = (checks.EXPORT, checks.RUN)
 NEEDED = (True, False)  # with the cache, and without
 
 

@@ -11,7 +11,7 @@ from lora_export.compare import differing, probabilities
 from lora_export.errors import listed
 from lora_export.records import PROBABILITIES, Array, Evidence, Reply, Signature, Verdict
 
-SCOPES = (checks.EXPORT, checks.RUN)
+SCOPES = (checks.EXPORT, checks.QUICK, checks.RUN)
 # A softmax in float32 over what the logits in float32 say.
 LIMIT = 1e-5
 

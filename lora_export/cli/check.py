@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_export import registry
 from lora_export.cli import _shared
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Fewer inputs; no timing, no second export, no generation.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(registry.PRECISIONS),
+    default=registry.FULL,
+    show_default=True,
+    help="Of the artifacts, which decides by which limits they are judged.",
+)
+@_shared.merge_options
 @_shared.limit_options
 @_shared.data_option
 @click.option(
@@ -97,7 +106,8 @@ def command(
         raise click.UsageError("--adapter, --replay and --from-evidence exclude each other")
     given = [name for name in options if _is_given(ctx, name)]
     if adapter is None and given:
-        raise click.UsageError(f"--{given[0].rstrip('s')} is of use with --adapter only")
+        name = {"artifacts": "artifact"}.get(given[0], given[0]).replace("_", "-")
+        raise click.UsageError(f"--{name} is of use with --adapter only")
     with _shared.progress(quiet=quiet) as say:
         certificate: Certificate
         if adapter is not None:

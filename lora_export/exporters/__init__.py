@@ -43,6 +43,7 @@ from lora_export.records import PLAIN, Array, Artifact, Form, Signature, TensorS
 if TYPE_CHECKING:
     from torch import nn
 
+MADE_WITH = "lora_export.made_with"  # metadata: versions
 FORM = "lora_export.form"  # metadata: what was asked for beside the precision
 CALIBRATION = "calibration"  # in it: that sentences were given which are not those of the package
 _PIECE = 2**24  # bytes of an artifact that are looked through at a time
@@ -173,10 +174,13 @@ def _known(path: Path) -> str:
 def form_of(artifact: Artifact) -> Form | None:
     """Return the form that `artifact` says it was asked for; None where it cannot be made again."""
     said = artifact.facts.get("metadata", {})
-    if registry.PRECISION not in said:
-        return None  # another's
-    more = json.loads(said.get(FORM, "{}"))
-    return None if more.pop(CALIBRATION, False) else Form(artifact.precision, **more)
+    if said.get(MADE_WITH) != json.dumps(environment.writers(), sort_keys=True):
+        return None  # by other versions, or by others
+    try:
+        more = json.loads(said.get(FORM, "{}"))
+        return None if more.pop(CALIBRATION, False) else Form(artifact.precision, **more)
+    except (ValueError, TypeError, AttributeError):  # of a version that knows other forms
+        return None
 
 
 def lacking(name: str) -> str:
@@ -214,13 +218,20 @@ def files(name: str, path: Path) -> tuple[Path, ...]:
 
 
 def _leaks(file: Path) -> Iterator[str]:
-    """Yield the folders of this machine that the bytes of `file` mention."""
-    places = {Path.home(), Path.cwd(), Path(sys.prefix), Path(sys.base_prefix)}
-    places.add(Path(__file__).parent)
-    marks = {str(place) + "/" for place in places if place != Path(place.anchor)}
-    overlap = max(len(mark.encode()) for mark in marks) - 1
+    """Yield which folders of this machine the bytes of `file` mention: what they are, not where."""
+    places = {
+        "the home folder": Path.home(),
+        "the working folder": Path.cwd(),
+        "the folder of Python": Path(sys.prefix),
+        "the folder of the base Python": Path(sys.base_prefix),
+        "the folder of lora-export": Path(__file__).parent,
+    }
+    marks = {
+        what: f"{place}/".encode() for what, place in places.items() if place != Path(place.anchor)
+    }
+    overlap = max(map(len, marks.values())) - 1
     for piece in _pieces(file, overlap):
-        yield from (mark for mark in marks if mark.encode() in piece)
+        yield from (what for what, mark in marks.items() if mark in piece)
 
 
 def _pieces(file: Path, overlap: int) -> Iterator[bytes]:
