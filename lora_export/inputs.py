@@ -31,7 +31,7 @@ GRID = (
 EXAMPLE = (2, 7, "right")
 ODD = (3, 12, "right")  # of inputs made of few tokens
 TIMED = ((1, 32), (8, 32))  # (batch, length) of the latency measurement
-QUICK = 64  # tokens up to which a quick look takes every shape
+QUICK = 320  # tokens of all rows, up to which a quick look takes a shape
 HARD_CHARACTERS = 0x3000  # of every tokenizer in a graph all below this are tried, some above
 
 
@@ -88,16 +88,11 @@ def within_budget(batches: Sequence[Batch], signature: Signature) -> tuple[Batch
 
 
 def fewer(batches: Sequence[Batch]) -> tuple[Batch, ...]:
-    """Return the first batch of texts or pictures, and the shapes but the longest."""
+    """Return the first batch of texts or pictures, and the shapes of at most `QUICK` tokens."""
     real = [batch for batch in batches if batch.source != "grid"][:1]
     grid = [batch for batch in batches if batch.source == "grid"]
-    longest = max((_tokens(batch) for batch in grid), default=0)
-    return (*real, *(batch for batch in grid if _tokens(batch) < longest or longest <= QUICK))
-
-
-def _tokens(batch: Batch) -> int:
-    """Return how long the sequences of a batch are; 0 where there are none."""
-    return int(batch.arrays["attention_mask"].shape[-1]) if "attention_mask" in batch.arrays else 0
+    small = [b for b in grid if "attention_mask" not in b.arrays or b.mask.size <= QUICK]
+    return (*real, *small)
 
 
 def summary(batches: Sequence[Batch]) -> str:

@@ -181,16 +181,15 @@ def test_pictures_are_all_zero_and_far_too_bright():
     assert np.abs(odd["pictures far too bright"]).max() > 30
 
 
-def test_a_quick_look_takes_the_first_texts_and_leaves_the_longest_shape_out():
+def test_a_quick_look_takes_the_first_texts_and_leaves_large_shapes_out():
     texts = [Batch("text", f"sentences {i}", _grid(8)[0].arrays) for i in (1, 2)]
     long = _grid(500)
-    assert max(b.mask.shape[1] for b in long) == 500
     found = inputs.fewer([*texts, *long])
     assert [b.note for b in found if b.source == "text"] == ["sentences 1"]
     assert {b.note for b in long} - {b.note for b in found} == {
-        "batch 2, length 500, padding right"
-    }
-    assert [b.note for b in inputs.fewer(_grid(64))] == [b.note for b in _grid(64)]
+        "batch 2, length 500, padding right", "batch 8, length 64, padding left",
+    }  # fmt: skip
+    assert [b.note for b in inputs.fewer(_grid(16))] == [b.note for b in _grid(16)]
 
 
 def test_batches_of_the_grid_have_ids_of_their_own():
