@@ -244,6 +244,7 @@ def test_an_adapter_is_not_taken_for_a_merged_model(peft_adapter, tmp_path):
         pipeline.export_file("onnx", model=peft_adapter, out=tmp_path / "m.onnx")
 
 
+@pytest.mark.slow
 def test_threads_of_the_caller_are_given_back(adapter, tmp_path, quick):
     before = torch.get_num_threads()
     torch.set_num_threads(1)

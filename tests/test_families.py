@@ -117,7 +117,11 @@ def merged(tmp_path, tiny_base):
     return make
 
 
-@pytest.mark.parametrize("family", ["llama", "bart", "bert-choices", "vit", "gpt2-cls"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "vit"]
+    + [pytest.param(f, marks=pytest.mark.slow) for f in ("bart", "bert-choices", "gpt2-cls")],
+)
 def test_one_command_exports_it_and_every_verdict_passes(merged, tmp_path, family):
     out = tmp_path / "model.pt"
     certificate = pipeline.export_file("torchscript", model=merged(family), out=out)

@@ -245,6 +245,7 @@ def test_a_sentence_transformer_gives_an_embedding_of_a_text(folder_of, tmp_path
     assert answers(path, TEXTS)["sentence_embedding"].shape == (len(TEXTS), 32)
 
 
+@pytest.mark.slow
 def test_eight_bits_take_text_too(exported):
     _, path, certificate = exported("bert", wordpiece(), form=(("precision", "int8"),))
     certificate.require()
@@ -268,6 +269,7 @@ def test_a_runner_takes_token_ids_behind_the_tokenizer(exported):
     assert runner.answer(TEXTS).keys() == {"logits"}
 
 
+@pytest.mark.slow
 def test_the_command_line_has_it(call, folder_of, tmp_path):
     folder = folder_of("bert", wordpiece())
     code, out, err = call("onnx", "--model", folder, "--text", "--out", tmp_path / "m.onnx")
@@ -402,7 +404,10 @@ def test_a_graph_that_does_not_run_is_an_error_of_ours(folder_of, out, monkeypat
     _refused(folder_of("bert", wordpiece()), out, "does not run: .*Fewer", ExportFailed)
 
 
-@pytest.mark.parametrize("part", ["Min(counts, most)", "Less(columns, lengths)"])
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param("Min(counts, most)", marks=pytest.mark.slow), "Less(columns, lengths)"],
+)
 def test_a_graph_with_a_fault_fails(folder_of, out, monkeypatch, part):
     wrong = {
         "Min(counts, most)": "Min(counts, counts)",

@@ -130,7 +130,8 @@ def written(family, dtype, precision, path):
     ("family", "dtype", "precision"),
     [
         pytest.param("llama", HALF, "fp32", marks=pytest.mark.slow),
-        ("gpt2", torch.float32, "fp32"),  # tied, and transposed
+        # tied, and transposed
+        pytest.param("gpt2", torch.float32, "fp32", marks=pytest.mark.slow),
         ("bert-tokens", torch.float32, "fp16"),
     ],
 )
