@@ -330,7 +330,7 @@ def export_file(
             Measurement("export", name, time.perf_counter() - begun, "s", 1),
             Measurement("peak memory", f"{name}, model included", peak / 1e6, "MB", 1),
         ]
-        if peak > before:  # or the peak is of something earlier
+        if peak > max(before, held):  # or the peak is of something earlier
             above = (peak - held) / 1e6
             cost.append(Measurement("peak memory", f"{name}, above the model", above, "MB", 1))
         batches = stages.batches_of(subject, texts, labels, seed)
