@@ -9,8 +9,8 @@ import lora_export
 
 ROOT = Path(lora_export.__file__).parent
 ORDER = [
-    "errors", "refusals", "records", "registry", "environment", "storage", "architecture",
-    "publishing", "config", "rounding", "_kernel", "arithmetic", "variants",
+    "errors", "refusals", "records", "scoring", "registry", "environment", "storage",
+    "architecture", "publishing", "config", "rounding", "_kernel", "arithmetic", "variants",
     "torch_rounding", "pickles", "lora", "recomputed", "injection", "live",
     "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
@@ -36,6 +36,9 @@ HOMES = {
     "jsonschema": {"certificates.py"},
     "jinja2": {"report/html.py"},
     "matplotlib": {"plotting.py", "report/_plots.py"},
+    "sklearn": {"scoring.py"},
+    "sacrebleu": {"scoring.py"},
+    "rouge_score": {"scoring.py"},
 }
 
 
