@@ -81,7 +81,7 @@ def main() -> None:
 
     def evaluate(model: nn.Module) -> tuple[Measurement, ...]:
         answers = training.class_logits(model, dev, tokenizer.pad_token_id).argmax(-1)
-        return scoring.classification([label for _, label in dev], answers.tolist())
+        return scoring.classification(splits[1][1], answers.tolist())
 
     history = training.fit(
         model, train, settings,
