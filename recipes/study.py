@@ -70,17 +70,33 @@ MATRIX = (
     Setting("rslora-8", "sst2", "rslora", "--rank 8 --alpha 5.66 --lr 1e-3", full=1),
     Setting("dora-8", "sst2", "dora", "--rank 8 --lr 1e-3", full=1),
     Setting("qlora-8", "sst2", "qlora", "--rank 8 --lr 1e-3", full=1),
+    Setting("memory-full", "cost", "full", quick=1, full=1, tiny=1),
+    Setting("memory-lora", "cost", "lora", quick=1, full=1, tiny=1),
+    Setting("memory-dora", "cost", "dora", full=1),
+    Setting("memory-bitfit", "cost", "bitfit", quick=1, full=1),
+    Setting("memory-head", "cost", "head", quick=1, full=1),
+    Setting("memory-qlora", "cost", "qlora", full=1),
+    Setting("steps-lora", "cost", "full,lora,bitfit,head", "--ratios", quick=1, full=1, tiny=1),
+    Setting("steps-dora", "cost", "full,dora", "--ratios", full=1),
+    Setting("steps-qlora", "cost", "full,qlora", "--ratios", full=1),
+    Setting("proof", "proof", "lora", quick=1, full=1, needs="lora-8-seed-0"),
 )
 # fmt: on
 # The command of a recipe: {runs} is OUT/runs, {folder} that of the run itself.
 COMMANDS = {
     "sst2": "{here}/sst2.py --data {data} --base {base} --method {method} --seed {seed} "
     "--out {folder}",
+    "cost": "{here}/study_cost.py --base {base} --method {method} --out {folder}",
+    "proof": "-m lora_export run --adapter {runs}/lora-8-seed-0/adapter.safetensors --base {base} "
+    "--data {data}/dev.tsv --out {folder} --quiet",
 }
 # What a preset adds for a recipe, before the words of the setting.
 PRESETS = {
-    "tiny": {"sst2": "--limit 48 --epochs 1 --batch-size 8 --evaluate-every 3"},
-    "quick": {"sst2": "--limit 6400 --epochs 1 --evaluate-every 20"},
+    "tiny": {
+        "sst2": "--limit 48 --epochs 1 --batch-size 8 --evaluate-every 3",
+        "cost": "--batch-size 4 --length 8 --steps 3 --rounds 3",
+    },
+    "quick": {"sst2": "--limit 6400 --epochs 1 --evaluate-every 20", "cost": "--rounds 10"},
     "full": {"sst2": "--epochs 3 --evaluate-every 200"},
 }
 ALONE = ("cost", "proof")  # recipes that measure time or memory: nothing else runs meanwhile
