@@ -70,22 +70,38 @@ MATRIX = (
     Setting("rslora-8", "sst2", "rslora", "--rank 8 --alpha 5.66 --lr 1e-3", full=1),
     Setting("dora-8", "sst2", "dora", "--rank 8 --lr 1e-3", full=1),
     Setting("qlora-8", "sst2", "qlora", "--rank 8 --lr 1e-3", full=1),
+    # A small language model is made and pretrained on the sentences of SST-2, then taught to answer
+    # instructions about them.
+    Setting("text", "text", "", quick=1, full=1, tiny=1),
+    Setting("fresh", "fresh", "", quick=1, full=1, tiny=1, needs="text"),
+    Setting("pretrained", "pretraining", "full", "--lr 2e-3", quick=1, full=1, tiny=1,
+            needs="fresh"),
+    Setting("answers-lora-8", "causal_lm", "lora", "--rank 8 --lr 5e-3", quick=1, full=3, tiny=1,
+            needs="pretrained-seed-0"),
+    Setting("answers-full", "causal_lm", "full", "--lr 1e-3", quick=1, full=3, tiny=1,
+            needs="pretrained-seed-0"),
     Setting("memory-full", "cost", "full", quick=1, full=1, tiny=1),
     Setting("memory-lora", "cost", "lora", quick=1, full=1, tiny=1),
     Setting("memory-dora", "cost", "dora", full=1),
     Setting("memory-bitfit", "cost", "bitfit", quick=1, full=1),
     Setting("memory-head", "cost", "head", quick=1, full=1),
     Setting("memory-qlora", "cost", "qlora", full=1),
-    Setting("steps-lora", "cost", "full,lora,bitfit,head", "--ratios", quick=1, full=1, tiny=1),
+    Setting("steps", "cost", "full,lora,bitfit,head", "--ratios", quick=1, full=1, tiny=1),
     Setting("steps-dora", "cost", "full,dora", "--ratios", full=1),
     Setting("steps-qlora", "cost", "full,qlora", "--ratios", full=1),
-    Setting("proof", "proof", "lora", quick=1, full=1, needs="lora-8-seed-0"),
+    Setting("proof", "proof", "lora", quick=1, full=1, tiny=1, needs="lora-8-seed-0"),
 )
 # fmt: on
-# The command of a recipe: {runs} is OUT/runs, {folder} that of the run itself.
+# The command of a recipe: {here} is this folder, {runs} OUT/runs, {folder} that of the run itself.
 COMMANDS = {
     "sst2": "{here}/sst2.py --data {data} --base {base} --method {method} --seed {seed} "
     "--out {folder}",
+    "text": "{here}/causal_lm.py --sst2 {data} --out {folder}",
+    "fresh": "{here}/causal_lm.py --from-scratch gpt2 --data {runs}/text/train.txt --out {folder}",
+    "pretraining": "{here}/causal_lm.py --base {runs}/fresh --data {runs}/text/train.txt "
+    "--dev {runs}/text/dev.txt --method {method} --seed {seed} --out {folder}",
+    "causal_lm": "{here}/causal_lm.py --base {runs}/pretrained-seed-0/model --method {method} "
+    "--data {runs}/text/train.jsonl --dev {runs}/text/dev.jsonl --seed {seed} --out {folder}",
     "cost": "{here}/study_cost.py --base {base} --method {method} --out {folder}",
     "proof": "-m lora_export run --adapter {runs}/lora-8-seed-0/adapter.safetensors --base {base} "
     "--data {data}/dev.tsv --out {folder} --quiet",
@@ -94,13 +110,33 @@ COMMANDS = {
 PRESETS = {
     "tiny": {
         "sst2": "--limit 48 --epochs 1 --batch-size 8 --evaluate-every 3",
+        "fresh": "--vocabulary 300 --width 16 --layers 1 --heads 2",
+        "pretraining": "--max-steps 2 --evaluate-every 2",
+        "causal_lm": "--max-steps 2 --evaluate-every 2 --answers 4 --max-new-tokens 4",
         "cost": "--batch-size 4 --length 8 --steps 3 --rounds 3",
     },
-    "quick": {"sst2": "--limit 6400 --epochs 1 --evaluate-every 20", "cost": "--rounds 10"},
-    "full": {"sst2": "--epochs 3 --evaluate-every 200"},
+    "quick": {
+        "sst2": "--limit 4000 --epochs 1 --evaluate-every 16",
+        "pretraining": "--max-steps 150 --evaluate-every 50",
+        "causal_lm": "--max-steps 100 --evaluate-every 25 --answers 64",
+        "cost": "--rounds 10",
+    },
+    "full": {
+        "sst2": "--epochs 3 --evaluate-every 200",
+        "pretraining": "--epochs 3 --evaluate-every 200",
+        "causal_lm": "--epochs 1 --evaluate-every 200",
+    },
 }
 ALONE = ("cost", "proof")  # recipes that measure time or memory: nothing else runs meanwhile
-MARKS = ("run.json", "certificate.json")  # written last: a folder that has one is finished
+# What a recipe writes last, so that it is finished. One that is not here writes no such file, and
+# is finished when its process has ended well.
+MARKS = {
+    "sst2": "run.json",
+    "pretraining": "run.json",
+    "causal_lm": "run.json",
+    "cost": "run.json",
+    "proof": "certificate.json",
+}
 PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C
 TAIL = 8  # lines of a log that are shown of a run that failed
 
@@ -115,6 +151,7 @@ class Job:
     folder: Path
     command: tuple[str, ...]
     identity: tuple[str, ...]  # what decides its result; no path
+    needs: "Job | None"
 
     @property
     def log(self) -> Path:
@@ -133,8 +170,10 @@ class Job:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it wrote what a run writes last."""
-        return any((self.folder / mark).is_file() for mark in MARKS)
+        """Whether it wrote what its recipe writes last."""
+        if mark := MARKS.get(self.setting.recipe):
+            return (self.folder / mark).is_file()
+        return read_json(self.note).get("exit_code") == 0
 
     @property
     def can_resume(self) -> bool:
@@ -222,7 +261,7 @@ def report(out: Path) -> None:
 
 def jobs_of(preset: str, data: str, base: str, out: Path) -> list[Job]:
     """Return the runs of a preset, in the order in which they are started."""
-    jobs = []
+    jobs: dict[str, Job] = {}
     for setting in MATRIX:
         for seed in range(getattr(setting, preset)):
             template = [*shlex.split(COMMANDS[setting.recipe])]
@@ -235,8 +274,11 @@ def jobs_of(preset: str, data: str, base: str, out: Path) -> list[Job]:
             names = {key: key for key in places} | {"base": Path(base).name, "folder": "folder"}
             command = [word.format(**values, **places, folder=folder) for word in template]
             identity = tuple(word.format(**values, **names) for word in template)
-            jobs.append(Job(setting, seed, name, folder, (sys.executable, *command), identity))
-    return jobs
+            needs = jobs.get(setting.needs)
+            jobs[name] = Job(
+                setting, seed, name, folder, (sys.executable, *command), identity, needs
+            )
+    return list(jobs.values())
 
 
 def has_other_settings(job: Job) -> bool:
@@ -307,21 +349,17 @@ def run_all(jobs: Sequence[Job], at_once: int, lock: IO[str]) -> dict[str, str]:
 
 def blocked(job: Job, waiting: Sequence[Job], running: dict[str, "Running"]) -> str:
     """Return why a run can never be started, or nothing."""
-    needs = job.setting.needs
-    there = (job.folder.parent / needs / mark for mark in MARKS)
-    if not needs or needs in running or any(one.id == needs for one in waiting):
+    if job.needs is None or job.needs.is_finished:
         return ""
-    return "" if any(mark.is_file() for mark in there) else f"it needs {needs}"
+    comes = job.needs in waiting or job.needs.id in running
+    return "" if comes else f"it needs {job.needs.id}, which is {job.needs.state}"
 
 
 def may_start(job: Job, running: dict[str, "Running"], at_once: int) -> bool:
     """Return whether there is room for a run, and what it needs is finished."""
-    if len(running) >= at_once or any(run.job.alone for run in running.values()):
+    if len(running) >= at_once or any(job.alone or run.job.alone for run in running.values()):
         return False
-    if job.alone and running:
-        return False
-    needs = job.setting.needs
-    return not needs or any((job.folder.parent / needs / mark).is_file() for mark in MARKS)
+    return job.needs is None or job.needs.is_finished
 
 
 class Running:
