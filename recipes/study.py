@@ -22,6 +22,7 @@ import fcntl
 import fnmatch
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -36,7 +37,7 @@ from typing import IO, Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from lora_export import environment
+from lora_export import environment, storage
 
 HERE = Path(__file__).parent
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -137,6 +138,9 @@ MARKS = {
     "cost": "run.json",
     "proof": "certificate.json",
 }
+# Name and subject of what is drawn over the steps.
+CURVES = (("loss", "train"), ("accuracy", "dev"), ("perplexity", "dev"), ("ROUGE-L", "dev"))
+MOST_POINTS = 100  # of a curve
 PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C
 TAIL = 8  # lines of a log that are shown of a run that failed
 
@@ -238,7 +242,7 @@ def main() -> None:
             "name another --out, or delete them"
         )
     with locked(args.out / "runs") as lock:
-        write_plan(args, jobs)
+        write_about(args)
         try:
             bad = run_all(chosen, args.jobs, lock)
         except KeyboardInterrupt:
@@ -249,9 +253,15 @@ def main() -> None:
 
 
 def report(out: Path) -> None:
-    """Write table, plots and page from the runs that are there."""
+    """Write all results from the runs that are there; where there are none, from `study.jsonl`."""
     import study_report  # matplotlib is loaded when there is something to draw, not for --help
 
+    about = read_json(out / "about.json")
+    if not about:
+        sys.exit(f"there is no study in {out}; run one first, without --report")
+    if (out / "runs").is_dir():
+        jobs = jobs_of(about["preset"], "", about["base"], out)
+        collect(jobs, out)
     study_report.write(out)
     print(f"written: {out / 'index.html'}")
 
@@ -287,28 +297,16 @@ def has_other_settings(job: Job) -> bool:
     return bool(before != list(job.identity))
 
 
-def write_plan(args: argparse.Namespace, jobs: Sequence[Job]) -> None:
-    """Note which runs the study has, so that the report can say which of them are missing."""
+def write_about(args: argparse.Namespace) -> None:
+    """Note what the study is: its command, preset and base, and the machine."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    plan = {
+    about = {
         "command": shlex.join(["python", "recipes/study.py", *words]),
         "preset": args.preset,
         "base": Path(args.base).name if Path(args.base).is_dir() else args.base,
         "machine": environment.describe(max(1, environment.cores() // args.jobs)),
-        "jobs": [
-            {
-                "id": job.id,
-                "setting": job.setting.id,
-                "recipe": job.setting.recipe,
-                "method": job.setting.method,
-                "words": job.setting.words,
-                "seed": job.seed,
-                "needs": job.setting.needs,
-            }
-            for job in jobs
-        ],
     }
-    write_json(args.out / "plan.json", plan)
+    write_json(args.out / "about.json", about)
 
 
 # ---------------------------------------------------------------- running
@@ -504,6 +502,71 @@ class Display:
         if not remaining:
             return ""
         return ("about " if is_known else "more than ") + minutes(remaining / self.at_once)
+
+
+# ---------------------------------------------------------------- results of all runs
+
+
+def collect(jobs: Sequence[Job], out: Path) -> None:
+    """Write `study.jsonl` and `curves.json`: what is small of the runs' own files."""
+    lines, curves = [], {}
+    for job in jobs:
+        about = {
+            "id": job.id,
+            "setting": job.setting.id,
+            "recipe": job.setting.recipe,
+            "method": job.setting.method,
+            "words": job.setting.words,
+            "seed": job.seed,
+            "state": job.state,
+        }
+        lines.append(json.dumps(about | results_of(job)))
+        if job.is_finished and (drawn := curves_of(rows_of(job))):
+            curves[job.id] = drawn
+    (out / "study.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    (out / "curves.json").write_text(json.dumps(curves, separators=(",", ":")) + "\n", "utf-8")
+
+
+def results_of(job: Job) -> dict[str, Any]:
+    """Return the final figures of a run; why it has none, where it failed."""
+    if job.state == "failed":
+        said = (job.log.read_text("utf-8", errors="replace").strip().splitlines() or [""])[-1]
+        return {"why": re.sub(r"(?<![\w:/])(/[^\s/:]+)+/", "", said)}  # names, without folders
+    if not job.is_finished:
+        return {}
+    if job.setting.recipe == "proof":
+        certificate = read_json(job.folder / MARKS["proof"])
+        return {key: certificate[key] for key in ("measurements", "verdicts")}
+    last = {(row["name"], row["subject"]): row for row in rows_of(job)}
+    found = list(last.values())
+    for name in ("adapter.safetensors", "trained.safetensors", "model/model.safetensors"):
+        if (job.folder / name).is_file():
+            tensors, _ = storage.read_header(job.folder / name)
+            stored = {"name": "stored tensors", "subject": name, "unit": "count", "samples": 1}
+            found.append({**stored, "value": len(tensors)})
+    return {"measurements": found}
+
+
+def rows_of(job: Job) -> list[dict[str, Any]]:
+    """Return the lines of the metrics that a run wrote."""
+    path = job.folder / "metrics.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    )
+
+
+def curves_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return what is drawn over the steps, by name: [step, value]; each point a mean of several."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name, subject in CURVES:
+        points = [
+            (r["step"], r["value"]) for r in rows if (r["name"], r["subject"]) == (name, subject)
+        ]
+        width = -(-len(points) // MOST_POINTS) or 1
+        parts = [points[start : start + width] for start in range(0, len(points), width)]
+        means = [(part[-1][0], round(mean(value for _, value in part), 4)) for part in parts]
+        found |= {name: means} if means else {}
+    return found
 
 
 # ---------------------------------------------------------------- files
