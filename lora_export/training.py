@@ -37,6 +37,7 @@ from lora_export.records import Array, Measurement
 
 try:
     import accelerate
+    from accelerate.state import AcceleratorState
     from accelerate.utils import broadcast_object_list, gather_object
 except ImportError as error:
     raise InputError("training needs accelerate; install lora-export[recipes]") from error
@@ -313,6 +314,8 @@ def fit(
             loop.run(evaluate)
     finally:
         torch.set_float32_matmul_precision(before)
+        # Or a later training in this process could not have another mixed precision.
+        AcceleratorState._reset_state()
     return loop.history
 
 
@@ -352,7 +355,7 @@ class _Loop:
         self.accelerator.register_save_state_pre_hook(_drop_frozen)
         torch.manual_seed(settings.seed + 7919 * self.accelerator.process_index)  # for dropout
         if resume:
-            self.accelerator.load_state(str(folder / CHECKPOINT), strict=False)
+            self._restore(folder / CHECKPOINT)
         self.started = time.monotonic() - self.history.seconds
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -361,6 +364,14 @@ class _Loop:
             TimeRemainingColumn(),
             disable=not self.accelerator.is_main_process,
         )
+
+    def _restore(self, checkpoint: Path) -> None:
+        # Where Accelerate cannot read the state of the random numbers it goes on without a word.
+        torch.manual_seed(self.settings.seed - 1)
+        strange = torch.get_rng_state()
+        self.accelerator.load_state(str(checkpoint), strict=False)
+        if torch.equal(torch.get_rng_state(), strange):
+            raise InputError(f"{checkpoint} has lost the state of the random numbers; start anew")
 
     def _share_of_lr(self, step: int) -> float:
         """Return the learning rate of a step as a share of its peak: up and down, linearly."""
