@@ -1,7 +1,7 @@
 """Linear layers with a low-rank update: `LoraLinear`, and `LoraConv1D` for GPT-2's `Conv1D`.
 
 A layer owns both sides of its equation: `forward`, and the merged weight that replaces it.
-No PEFT. Source of the method: arXiv:2106.09685.
+No PEFT. Sources of the methods: arXiv:2106.09685, and arXiv:2402.09353 for DoRA.
 """
 
 import abc
@@ -18,6 +18,8 @@ from lora_export.errors import InputError
 from lora_export.torch_rounding import round_once
 
 M = TypeVar("M", bound=nn.Module)
+# What a layer trains, by its name there: the field of `records.Factors` that holds it.
+FACTORS = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude"}
 
 
 class LoraLayer(nn.Module, abc.ABC):
@@ -28,12 +30,15 @@ class LoraLayer(nn.Module, abc.ABC):
             therefore still fits the model after injection.
         lora_A: (rank, in), Kaiming-uniform (a=sqrt(5)) or normal with deviation 1 / rank.
         lora_B: (out, rank), zero at the start, so that a fresh layer computes what its base does.
+        lora_magnitude_vector: (out,), the lengths of the weight's rows at the start; None but in
+            DoRA.
 
     A fresh pair has the base's dtype. An attached adapter keeps its own where that is wider.
     """
 
     weight: Tensor
     bias: Tensor | None
+    lora_magnitude_vector: nn.Parameter | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, config: LoraConfig) -> None:
         super().__init__()
@@ -53,6 +58,9 @@ class LoraLayer(nn.Module, abc.ABC):
             nn.init.normal_(self.lora_A, std=1 / self.rank)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        start = variants.magnitude(config.variant, self._transpose(weight.detach()))
+        vector = None if start is None else nn.Parameter(start)
+        self.register_parameter("lora_magnitude_vector", vector)
 
     @abc.abstractmethod
     def _transpose(self, matrix: Tensor) -> Tensor:
@@ -62,14 +70,38 @@ class LoraLayer(nn.Module, abc.ABC):
     def plain(self) -> nn.Module:
         """Return a layer of the base's class that holds the present weight and bias, uncopied."""
 
+    def factors(self) -> dict[str, nn.Parameter]:
+        """Return what is trained, by name: the keys of `FACTORS` that this layer has."""
+        return {n: p for n in FACTORS if (p := getattr(self, n)) is not None}
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return W x + b + scale * B(A(dropout(x))): (..., in) to (..., out)."""
-        result = functional.linear(x, self._transpose(self.weight), self.bias)
+        """Return gain * (W x + scale * B(A(dropout(x)))) + b: (..., in) to (..., out).
+
+        gain is 1 but in DoRA, where it is m / ||W + scale * B A||. No gradient goes back through
+        that norm (section 4.3 of the paper), so the sum of matrices is no part of the graph.
+        """
+        weight = self._transpose(self.weight)
         if self.is_merged or not self.active:
-            return result
+            return functional.linear(x, weight, self.bias)
         inner = functional.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)
         update = functional.linear(inner, self.lora_B) * self.scale
-        return result + update.to(result.dtype)
+        if self.lora_magnitude_vector is None:
+            result = functional.linear(x, weight, self.bias)
+            return result + update.to(result.dtype)
+        result = functional.linear(x, weight)
+        scaled = (result + update) * self._gain()
+        return (scaled if self.bias is None else scaled + self.bias).to(result.dtype)
+
+    def _gain(self) -> Tensor:
+        """Return the factor of each row, (out,), in float32 or wider whatever autocast says."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        weight, a, b = (
+            t.detach().to(wide) for t in (self._transpose(self.weight), self.lora_A, self.lora_B)
+        )
+        with torch.autocast(weight.device.type, enabled=False):
+            direction = torch.addmm(weight, b, a, alpha=self.scale)
+        found: Tensor = variants.gain(self.variant, direction, self.lora_magnitude_vector)
+        return found
 
     @property
     def is_merged(self) -> bool:
@@ -86,7 +118,10 @@ class LoraLayer(nn.Module, abc.ABC):
         if self.is_merged:
             return self.weight.detach()
         delta = self.scale * (self.lora_B.double() @ self.lora_A.double())
-        exact = variants.merged(self.variant, self._transpose(self.weight).double(), delta)
+        learned = self.lora_magnitude_vector
+        magnitude = None if learned is None else learned.double()
+        weight = self._transpose(self.weight).double()
+        exact = variants.merged(self.variant, weight, delta, magnitude)
         return self._transpose(round_once(exact, self.weight.dtype)).contiguous()
 
     def merge(self) -> None:
