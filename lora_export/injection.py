@@ -191,11 +191,15 @@ def describe(model: nn.Module, **about: Any) -> Adapter:
 
     Labels and task type come from the model where `about` does not say them.
     The fingerprint covers the base's weight of every adapted layer, as it is in memory.
+
+    Raises:
+        InputError: see `extract`; or a base that is held in 4 bits, which has no such weight.
     """
     adapter = replace(extract(model), **{**_known(model), **about})
     architecture = adapter.base.architecture or type(model).__name__
     mark = fingerprint(
-        (f"{path}.weight", *_bytes(layer.weight)) for path, layer in lora_layers(model).items()
+        (f"{path}.weight", *_bytes(layer.base_weight()))
+        for path, layer in lora_layers(model).items()
     )
     base = replace(
         adapter.base, architecture=architecture, fingerprint=mark, tensors=_tensors(model)
@@ -305,7 +309,7 @@ def _install(model: nn.Module, layers: Mapping[str, LoraConfig], saved: tuple[st
         module = model.get_submodule(path)
         kind = layer_class(module)
         assert kind is not None, path
-        model.set_submodule(path, kind.over(module, config))  # type: ignore[arg-type]
+        model.set_submodule(path, kind.over(module, config))
     for name in saved:
         tensor = _tensor(model, name)
         state.originals[name] = tensor.detach().clone()

@@ -11,7 +11,7 @@ ROOT = Path(lora_export.__file__).parent
 ORDER = [
     "errors", "refusals", "records", "registry", "environment", "storage", "architecture",
     "publishing", "config", "rounding", "_kernel", "arithmetic", "variants",
-    "torch_rounding", "pickles", "lora", "recomputed", "injection", "live",
+    "torch_rounding", "pickles", "lora", "recomputed", "injection", "live", "quantised",
     "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "recording",
@@ -27,7 +27,8 @@ HOMES = {
     "onnxruntime": {"runners/onnx.py"},
     "onnxruntime_extensions": {"runners/onnx.py"},
     "openvino": {"runners/openvino.py"},
-    "transformers": {"models.py", "calling.py", "resolving.py", "lora.py"},
+    "transformers": {"models.py", "calling.py", "resolving.py", "lora.py", "quantised.py"},
+    "bitsandbytes": {"lora.py", "quantised.py"},
     "huggingface_hub": {"bases.py"},
     "click": {"cli"},
     "rich": {"cli"},
