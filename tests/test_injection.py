@@ -302,6 +302,26 @@ def test_the_state_dict_of_the_base_fits_the_injected_model(tiny, family):
     assert all("lora_" in name for name in result.missing_keys)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_magnitude_is_a_factor_like_the_others(tiny, fill, family):
+    model = tiny(family)
+    inject(model, LoraConfig(4, targets=PROJECTIONS[family], variant="rslora+dora"))
+    fill(model)
+    layers = lora_layers(model)
+    names = ("lora_A", "lora_B", "lora_magnitude_vector")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{path}.{name}" for path in layers for name in names}
+    assert trainable_parameters(model).saved == 0
+    found = describe(model)
+    assert found.replaced == {}
+    assert not any("lora_" in name for name in found.base.tensors)
+    assert found.variant == "rslora+dora"
+    for path, pair in found.modules.items():
+        np.testing.assert_array_equal(
+            pair.magnitude, layers[path].lora_magnitude_vector.detach().numpy()
+        )
+
+
 def _loss(model, rows):
     labels = torch.tensor([0, 1, 1]) if hasattr(model, "classifier") else rows()["input_ids"]
     return model(**rows(), labels=labels).loss
@@ -361,6 +381,22 @@ def _two_adapters(tiny, fill, logits, family, head):
         fill(model, seed)
         made.append((extract(model), logits(model)))
     return made
+
+
+def test_an_adapter_with_magnitudes_switches_with_one_without(tiny, fill, logits):
+    made = []
+    for seed, variant in enumerate(("dora", "lora")):
+        model = tiny("bert")
+        inject(model, LoraConfig(2, targets=("query", "value"), variant=variant))
+        made.append((extract(fill(model, seed)), logits(model)))
+    (one, of_one), (two, of_two) = made
+    model = tiny("bert")
+    before = _snapshot(model)
+    for adapter, expected in ((one, of_one), (two, of_two), (one, of_one)):
+        attach(model, adapter)
+        assert torch.equal(logits(model), expected)
+    detach(model)
+    _assert_same(_snapshot(model), before)
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", ("classifier",)), ("gpt2", ()), ("opt", ())])
