@@ -53,6 +53,7 @@ class LoraLayer(nn.Module, abc.ABC):
             nn.init.normal_(self.lora_A, std=1 / self.rank)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        have_called(self)
 
     @abc.abstractmethod
     def _transpose(self, matrix: Tensor) -> Tensor:
@@ -198,6 +199,18 @@ def _filled(plain: M, layer: LoraLayer) -> M:
     plain.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
     plain.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
     return plain.train(layer.training)
+
+
+def have_called(module: nn.Module) -> None:
+    """Keep `torch.nn.TransformerEncoderLayer` from reading the weight of `module` uncalled.
+
+    In eval mode it computes with nothing but the weights of its layers, unless one has a hook.
+    """
+    module.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    """Change nothing: that there is a hook is all that counts."""
 
 
 def layer_class(module: nn.Module) -> type[LoraLinear] | type[LoraConv1D] | None:
