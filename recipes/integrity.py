@@ -55,6 +55,7 @@ from lora_export import (
     stages,
     trainable_parameters,
 )
+from lora_export.calling import interface_of
 from lora_export.generating import generate
 from lora_export.injection import idle, lora_layers
 
@@ -190,7 +191,7 @@ def claims(base: bases.Base, asked: "Sentences", args: argparse.Namespace) -> It
     yield truth.same_text("merged directory", asked.texts(shipped, args.new_tokens))
     end = shipped.generation_config.eos_token_id
     ends = np.atleast_1d([] if end is None else end).tolist()
-    signature = stages.load_subject(folder / "merged").signature
+    signature = interface_of(shipped, asked.tokens).signature
     runner = stages.open_runner(FORMAT, folder / f"model.{FORMAT}", torch.get_num_threads())
     written = [
         generate(

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -90,7 +91,7 @@ def main() -> None:
     path = args.out / "adapter.safetensors"
     save_adapter(adapted, path)
     merged = merge(adapted)
-    torch.save(merged.state_dict(), args.out / "merged.pt")  # a file without any LoRA
+    save_file(merged.state_dict(), args.out / "merged.safetensors")  # without any LoRA
     if not report(claims(plain, adapted, merged, path, dev)):
         sys.exit(1)
 
