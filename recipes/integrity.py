@@ -10,8 +10,6 @@ greedy text are held against the model that was trained; the table at the end ha
 claim with what was measured, and the exit code is 1 if one fails. "The same bits" is meant
 literally; where sums are taken in another order, "as in float64" allows eight times the distance
 that float32 itself puts between the trained model and its float64 counterpart.
-
-Needs the extra `onnx`, unless --no-export leaves the export out.
 """
 
 import argparse
