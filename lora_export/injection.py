@@ -59,7 +59,8 @@ def heads(model: nn.Module) -> tuple[str, ...]:
 def inject(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
     """Replace the selected linear layers of `model`, in place; return their module paths.
 
-    All other parameters are frozen, but for those of `config.modules_to_save`.
+    All other parameters are frozen, but for those of `config.modules_to_save`. What belongs to a
+    `torch.nn.MultiheadAttention` is left alone: it reads weights without calling a layer.
 
     Raises:
         InputError: the model has LoRA layers already, or a pattern matches nothing; the message
@@ -68,7 +69,7 @@ def inject(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
     if lora_layers(model):
         raise InputError("the model has LoRA layers already; detach or merge them first")
     saved = _parameters_of(model, config.modules_to_save)
-    chosen = select(config, _candidates(model, config))
+    chosen = _chosen(model, config)
     if unsafe := _unsafe(model, chosen):
         raise InputError(listed("cannot adapt", unsafe))
     layers = {
@@ -318,6 +319,23 @@ def _install(model: nn.Module, layers: Mapping[str, LoraConfig], saved: tuple[st
     setattr(model, _STATE, state)
 
 
+def _chosen(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
+    try:
+        return select(config, _candidates(model, config))
+    except InputError as error:
+        uncalled = [p for p, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+        if not uncalled:
+            raise
+        raise InputError(f"{error}; {_uncalled(uncalled[0])}") from error
+
+
+def _uncalled(path: str) -> str:
+    return (
+        f"{path}: torch.nn.MultiheadAttention reads its weights without calling a layer, so that "
+        "an update would be skipped silently; adapt an attention made of nn.Linear layers instead"
+    )
+
+
 def _candidates(model: nn.Module, config: LoraConfig) -> list[str]:
     """Return the paths of the layers that LoRA can adapt: linear, and not trained whole.
 
@@ -347,12 +365,7 @@ def _unsafe(model: nn.Module, paths: Iterable[str]) -> list[str]:
         names.setdefault(id(parameter), []).append(name)
     faults = []
     for path in paths:
-        owner = model.get_submodule(path.rpartition(".")[0])
-        if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
-            faults.append(
-                f"{path}: in eval mode {type(owner).__name__} reads its weight without calling it, "
-                "so an update would be skipped silently"
-            )
+        faults += _uncalled_faults(model, path)
         twins = names[id(model.get_submodule(path).weight)]
         if others := [name for name in twins if name != f"{path}.weight"]:
             faults.append(
@@ -360,6 +373,11 @@ def _unsafe(model: nn.Module, paths: Iterable[str]) -> list[str]:
                 "move when merged; untie them first"
             )
     return faults
+
+
+def _uncalled_faults(model: nn.Module, path: str) -> list[str]:
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return [_uncalled(path)] if isinstance(owner, nn.MultiheadAttention) else []
 
 
 def _parameters_of(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...]:
@@ -411,6 +429,8 @@ def _rebuilt_faults(model: nn.Module, name: str, updated: set[str]) -> list[str]
     twins = [other for other, value in known.items() if value is known.get(name)]
     if name not in known:
         return [f"{name}: no such parameter (near: {nearest(name, known)})"]
+    if faults := _uncalled_faults(model, name.rpartition(".")[0]):
+        return faults
     others = ", ".join(twin for twin in twins if twin not in updated)
     return [f"{name}: is shared with {others}; untie them first"] if others else []
 

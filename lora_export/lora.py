@@ -63,6 +63,7 @@ class LoraLayer(nn.Module, abc.ABC):
         start = variants.magnitude(config.variant, matrix)
         vector = None if start is None else nn.Parameter(start)
         self.register_parameter("lora_magnitude_vector", vector)
+        have_called(self)
 
     @classmethod
     def over(cls, module: nn.Module, config: LoraConfig) -> Self:
@@ -291,6 +292,18 @@ def _filled(plain: M, layer: LoraLayer) -> M:
     plain.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
     plain.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
     return plain.train(layer.training)
+
+
+def have_called(module: nn.Module) -> None:
+    """Keep `torch.nn.TransformerEncoderLayer` from reading the weight of `module` uncalled.
+
+    In eval mode it computes with nothing but the weights of its layers, unless one has a hook.
+    """
+    module.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    """Change nothing: that there is a hook is all that counts."""
 
 
 # The class that adapts a module of the class with this name, which need not be installed.
