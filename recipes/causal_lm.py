@@ -415,6 +415,7 @@ def write_base(args: argparse.Namespace) -> None:
 def config_of(args: argparse.Namespace, tokenizer: Any) -> Any:
     sizes = {
         "vocab_size": len(tokenizer),
+        "initializer_range": args.width**-0.5,  # the usual 0.02 is made for widths of a thousand
         "hidden_size": args.width,
         "num_hidden_layers": args.layers,
         "num_attention_heads": args.heads,
@@ -426,7 +427,12 @@ def config_of(args: argparse.Namespace, tokenizer: Any) -> Any:
     }
     own = {
         "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
-        "opt": {"ffn_dim": 4 * args.width, "word_embed_proj_dim": args.width, "dropout": 0.0},
+        "opt": {
+            "ffn_dim": 4 * args.width,
+            "word_embed_proj_dim": args.width,
+            "dropout": 0.0,
+            "init_std": args.width**-0.5,
+        },
         "llama": {"intermediate_size": 8 * args.width // 3},
     }
     return transformers.AutoConfig.for_model(args.from_scratch, **sizes, **own[args.from_scratch])
@@ -445,15 +451,20 @@ def write_sst2(folder: Path, out: Path) -> None:
     print(f"train and dev as .txt and as .jsonl: {out}")
 
 
-def tasks(text: str, is_positive: bool) -> Iterator[dict[str, str]]:
-    """Yield instructions over a review: say its sentiment; describe it, if it names an aspect."""
-    sentiment = "positive" if is_positive else "negative"
-    yield {"task": "sentiment", "prompt": f"{text}\nsentiment:", "response": f" {sentiment}"}
+def tasks(text: str, is_good: bool) -> Iterator[dict[str, str]]:
+    """Yield instructions over a review: judge it; describe it, if it names an aspect.
+
+    Their words are common in the reviews, as LoRA leaves the embeddings as pretraining made them.
+    """
+    verdict = "good" if is_good else "bad"
+    question = f"{text} is it good or bad ? it is"
+    yield {"task": "verdict", "prompt": question, "response": f" {verdict}"}
     words = text.split()
     if found := [aspect for aspect, names in ASPECTS.items() if names & set(words)]:
         size = "short" if len(words) < 12 else "long"
-        description = f" a {size} and {sentiment} review that speaks of {' and '.join(found)} ."
-        yield {"task": "description", "prompt": f"{text}\ndescription:", "response": description}
+        answer = f" a {size} and {verdict} one that speaks of {' and '.join(found)} ."
+        question = f"{text} what is it like ? it is"
+        yield {"task": "description", "prompt": question, "response": answer}
 
 
 if __name__ == "__main__":
