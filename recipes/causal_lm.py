@@ -39,10 +39,10 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads give the core back
 
+import jinja2
 import tokenizers
 import torch
 import transformers
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
@@ -216,7 +216,10 @@ def load(args: argparse.Namespace, tokenizer: Any, length: int) -> tuple[list[It
     if args.limit:
         items = random.Random(args.seed).sample(items, min(args.limit, len(items)))
     if not items or not dev:
-        raise InputError(f"{len(items)} examples to train on and {len(dev)} to evaluate on are few")
+        raise InputError(
+            f"{len(items)} examples to train on and {len(dev)} to evaluate on; expected at least "
+            "one of each: see --dev, --dev-share and --length"
+        )
     return items, dev
 
 
@@ -231,7 +234,7 @@ def read(path: Path, tokenizer: Any, length: int, whole: bool = False) -> list[I
         raise InputError(f"{path} holds no instruction")
     found = [rendered(record, tokenizer) for record in records]
     if None in found:
-        raise InputError(f"{path} line {found.index(None) + 1} is no instruction; see --help")
+        raise InputError(f"{path}: object {found.index(None) + 1} is no instruction; see --help")
     items = encoded([one for one in found if one], tokenizer)
     items = [
         replace(item, task=str(record.get("task", "")))
@@ -245,7 +248,7 @@ def read(path: Path, tokenizer: Any, length: int, whole: bool = False) -> list[I
 
 
 def documents(path: Path, whole: bool = False) -> list[str]:
-    text = path.read_text("utf-8")
+    text = text_of(path)
     found = [one for one in ([text] if whole else text.split("\n")) if one.strip()]
     if not found:
         raise InputError(f"{path} holds no text")
@@ -253,12 +256,19 @@ def documents(path: Path, whole: bool = False) -> list[str]:
 
 
 def objects(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
+        try:
+            if line.strip():
                 yield json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path} line {number} is no JSON: {error}") from error
+        except ValueError as error:
+            raise InputError(f"{path} line {number} is no JSON: {error}") from error
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text: {error}") from error
 
 
 def packed(texts: list[str], tokenizer: Any, length: int) -> list[Item]:
@@ -279,14 +289,17 @@ def rendered(record: Any, tokenizer: Any) -> Exchange | None:
             prompt = f"### Instruction:\n{instruction}\n\n{more}### Response:\n"
             return Exchange(prompt, answer, answer)
         case {"messages": [*before, {"role": "assistant", "content": str(answer)}]} if before:
-            if not all({"role", "content"} <= one.keys() for one in before):
+            if not all(isinstance(one, dict) and {"role", "content"} <= set(one) for one in before):
                 return None
             if tokenizer.chat_template is None:
                 lines = [f"{one['role']}: {one['content']}\n" for one in before]
                 return Exchange("".join(lines) + "assistant: ", answer, answer)
             template = tokenizer.apply_chat_template
-            prompt = template(before, tokenize=False, add_generation_prompt=True)
-            all_of_it = template(record["messages"], tokenize=False)
+            try:
+                prompt = template(before, tokenize=False, add_generation_prompt=True)
+                all_of_it = template(record["messages"], tokenize=False)
+            except jinja2.TemplateError as error:
+                raise InputError(f"the chat template refuses these messages: {error}") from error
             if not all_of_it.startswith(prompt):
                 raise InputError("the chat template changes a prompt once it is answered")
             return Exchange(prompt, all_of_it[len(prompt) :], answer, has_specials=True)
@@ -342,7 +355,7 @@ def written(
     Prompts of a batch are padded on the left, so that all go on at the same place. Each process
     writes a share and gets all.
     """
-    state, pad = PartialState(), padding_of(tokenizer)
+    state, pad = training.processes(), padding_of(tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     was_training = model.training

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -191,11 +192,17 @@ def test_messages_go_through_the_chat_template(recipe, fresh, tmp_path):
     assert learned.count(tokenizer.eos_token_id) == 1  # the template's own
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused(recipe, fresh):
-    template = "{{ messages | length }}" + TEMPLATE
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages | length }}" + TEMPLATE, "changes a prompt"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_refused(recipe, fresh, template, message):
     tokenizer = transformers.AutoTokenizer.from_pretrained(fresh("gpt2"), chat_template=template)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(InputError, match="chat template changes a prompt"):
+    with pytest.raises(InputError, match=message):
         recipe.rendered({"messages": messages}, tokenizer)
 
 
@@ -234,6 +241,29 @@ def test_a_batch_padded_on_the_left_answers_as_each_prompt_alone(recipe, fresh, 
         alone = [recipe.written(model, tokenizer, [prompt], most=8)[0] for prompt in prompts]
         assert together == alone
         assert len(set(together)) > 1  # or padding on the wrong side would not show
+
+
+def test_a_prompt_that_leaves_no_position_is_refused(recipe, model, tokenizer):
+    with pytest.raises(InputError, match="128 tokens leaves no position"):
+        recipe.written(model, tokenizer, [[5] * 128], most=8)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (None, "dull"),
+        ({"prompt": "a", "response": "b"}, "dull"),
+        ({"instruction": "a", "output": "b"}, "### Instruction:\ndull\n\n### Response:\n"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "user: dull\nassistant: ",
+        ),
+    ],
+)
+def test_a_prompt_is_put_as_the_data_puts_its_own(recipe, tokenizer, tmp_path, record, expected):
+    path = tmp_path / ("a.jsonl" if record else "a.txt")
+    written_to(path, record)
+    assert tokenizer.decode(recipe.prompt_like(path, "dull", tokenizer)) == expected
 
 
 def test_answers_are_the_likeliest_tokens_one_by_one(recipe, model, tokenizer):
@@ -300,6 +330,23 @@ def test_it_pretrains_and_then_learns_to_answer_and_to_stop(call, fresh, data, t
     assert last["dev", "perplexity"] < 2
 
 
+@pytest.mark.slow
+def test_two_processes_answer_and_score_as_one(fresh, data, tmp_path):
+    words = [ROOT / "recipes" / "causal_lm.py", "--base", fresh("gpt2"), "--method", "full",
+             "--data", data / "pairs.jsonl", "--lr", 1e-2, "--epochs", 40, "--out"]  # fmt: skip
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    measured = []
+    for count, before in enumerate(([], launch), start=1):
+        command = [sys.executable, *before, *words, tmp_path / str(count)]
+        subprocess.run([str(word) for word in command], check=True, capture_output=True)
+        found = results(tmp_path / str(count))
+        measured.append(
+            {(m["subject"], m["name"]): m["value"] for m in found if "dev" in m["subject"]}
+        )
+    assert measured[0] == pytest.approx(measured[1], rel=1e-2)
+    assert measured[0]["dev", "exact match"] > 0.5
+
+
 def test_sst2_becomes_text_and_instructions(recipe, call, tokenizer, tmp_path):
     for split in ("train", "dev"):
         rows = 'a funny film with a fine cast \t1\nit \'s "dull" \t0\n'
@@ -322,13 +369,14 @@ def test_sst2_becomes_text_and_instructions(recipe, call, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a"}', "line 1 is no instruction"),
-        ('{"prompt": "", "response": "b"}', "line 1 is no instruction"),
-        ('{"prompt": 1, "response": "b"}', "line 1 is no instruction"),
-        ('{"messages": [{"role": "assistant", "content": "b"}]}', "line 1 is no instruction"),
+        ('{"prompt": "a"}', "object 1 is no instruction"),
+        ('{"prompt": "", "response": "b"}', "object 1 is no instruction"),
+        ('{"prompt": 1, "response": "b"}', "object 1 is no instruction"),
+        ('{"messages": [{"role": "assistant", "content": "b"}]}', "object 1 is no instruction"),
         ('{"messages": [{"text": "a"}, {"role": "assistant", "content": "b"}]}', "no instruction"),
-        ('{"prompt": "a", "response": "b"}\n[]', "line 2 is no instruction"),
+        ('{"prompt": "a", "response": "b"}\n[]', "object 2 is no instruction"),
         ('{"prompt": "a", "response": "b"}\n{', "line 2 is no JSON"),
+        ('{"messages": ["a", {"role": "assistant", "content": "b"}]}', "no instruction"),
         ("", "holds no instruction"),
     ],
 )
@@ -341,6 +389,9 @@ def test_a_file_of_something_else_is_refused(recipe, tokenizer, tmp_path, conten
 def test_other_files_and_empty_texts_are_refused(recipe, tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"neither a \.txt nor a \.jsonl"):
         recipe.read(tmp_path / "a.csv", tokenizer, 64)
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(InputError, match="no UTF-8"):
+        recipe.read(tmp_path / "latin.txt", tokenizer, 64)
     (tmp_path / "a.txt").write_text("\n \n")
     with pytest.raises(InputError, match="holds no text"):
         recipe.read(tmp_path / "a.txt", tokenizer, 64)
