@@ -241,6 +241,9 @@ def main() -> None:
             f"{args.out}/runs has runs of other settings: {', '.join(others)}; "
             "name another --out, or delete them"
         )
+    # A kill ends the runs too, as Ctrl-C does, which a shell ignores of what is in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with locked(args.out / "runs") as lock:
         write_about(args)
         try:
@@ -607,7 +610,4 @@ def minutes(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    # A kill ends the runs too, as Ctrl-C does; a shell in the background has that ignored.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
