@@ -140,7 +140,8 @@ MARKS = {
 }
 # Name and subject of what is drawn over the steps.
 CURVES = (("loss", "train"), ("accuracy", "dev"), ("perplexity", "dev"), ("ROUGE-L", "dev"))
-MOST_POINTS = 100  # of a curve
+MOST_POINTS = 60  # of a curve
+POLL = 0.2  # seconds between two looks at what is running
 PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C
 TAIL = 8  # lines of a log that are shown of a run that failed
 
@@ -339,7 +340,7 @@ def run_all(jobs: Sequence[Job], at_once: int, lock: IO[str]) -> dict[str, str]:
                         bad[run.job.id] = why
                     display.ended(run, why)
                 display.show(list(running.values()), waiting)
-                time.sleep(0.2)
+                time.sleep(POLL)
         finally:
             for run in running.values():
                 run.interrupt()

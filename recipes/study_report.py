@@ -452,9 +452,11 @@ def plots_of(study: Study) -> Iterator[Plot]:
 
 def learning(study: Study) -> Figure | None:
     """Draw the curves of one setting of each method, on sentences."""
-    groups = list({group.first.method: group for group in reversed(study.groups("sst2"))}.values())
+    groups: dict[str, Group] = {}
+    for group in study.groups("sst2"):
+        groups.setdefault(group.first.method, group)
     panels = (("loss", "training loss, nats", 1), ("accuracy", "accuracy on dev, %", 100))
-    return curves(study, groups[::-1], panels)
+    return curves(study, [*groups.values()], panels)
 
 
 def generation(study: Study) -> Figure | None:
@@ -519,15 +521,15 @@ def costs(study: Study) -> Figure | None:
     """Draw memory and time of a step as bars."""
     memory, state = study.cost("peak memory growth"), study.cost("optimizer state")
     panels = [
-        ("growth of a fresh process, MB", {k: v / MB for k, v in memory.items()}, "linear"),
-        ("optimizer state, MB", {k: v / MB for k, v in state.items()}, "log"),
-        ("step time, full fine-tuning = 1", study.cost("step time ratio"), "linear"),
+        ("growth of a fresh process, MB", {k: v / MB for k, v in memory.items()}),
+        ("optimizer state, MB", {k: v / MB for k, v in state.items()}),
+        ("step time, full fine-tuning = 1", study.cost("step time ratio")),
     ]
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH, 2.1 * len(panels)), layout="constrained")
-    for axes, (label, values, scale) in zip(
+    for axes, (label, values) in zip(
         figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
     ):
         names = [name for name in COLOURS if name in values][::-1]
@@ -543,7 +545,7 @@ def costs(study: Study) -> Figure | None:
             names, [values[n] for n in names], color=[COLOURS[n] for n in names], xerr=error
         )
         axes.bar_label(bars, texts, padding=4)
-        axes.set(xlabel=label, xscale=scale)
+        axes.set(xlabel=label)
         axes.margins(x=0.2)
         axes.grid(axis="y", visible=False)
     return figure
@@ -747,8 +749,8 @@ def what_it_costs(study: Study) -> Iterator[str]:
         yield (
             "Memory: by how much a fresh process grows, at its peak, while it loads the model and "
             f"takes some steps. Full fine-tuning {size(memory['full'])}; {'; '.join(others)}. The "
-            "model itself and what a step computes on its way are in all of these; the gradients "
-            "and the optimizer's state of frozen parameters are what is saved."
+            "model itself and what a step computes on its way are in all of these; only gradients "
+            "and optimizer state of frozen parameters can be saved."
         )
     if times:
         low, high = (study.cost(f"step time ratio, {end}") for end in ("low", "high"))
@@ -813,10 +815,10 @@ def writing(study: Study) -> Iterator[str]:
     yield (
         "A small language model"
         f"{f' ({number(made, 0)} parameters)' if made else ''} was made and pretrained here on the "
-        "sentences of SST-2, then taught to follow instructions about them. Perplexity is how "
-        "many words it wavers between, on average, before each word of the right answer: lower is "
-        "better. ROUGE-L and exact match compare what it writes with the right answer: higher is "
-        "better."
+        "sentences of SST-2, then taught to follow instructions about them. Perplexity is how many "
+        "tokens (words or pieces of them) it wavers between, on average, before each token of the "
+        "right answer: lower is better. ROUGE-L and exact match compare what it writes with the "
+        "right answer: higher is better."
     )
     for group in groups.values():
         scores = [
