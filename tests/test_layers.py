@@ -9,10 +9,10 @@ import lora_export
 
 ROOT = Path(lora_export.__file__).parent
 ORDER = [
-    "errors", "refusals", "records", "registry", "environment", "storage", "architecture",
-    "publishing", "config", "rounding", "_kernel", "arithmetic", "variants",
+    "errors", "refusals", "records", "scoring", "registry", "environment", "storage",
+    "architecture", "publishing", "config", "rounding", "_kernel", "arithmetic", "variants",
     "torch_rounding", "pickles", "lora", "recomputed", "injection", "live",
-    "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "normalising",
+    "peft_config", "peft_names", "peft_writing", "formats", "bases", "adapter", "methods", "training", "normalising",
     "conversion", "companions", "plan", "blocks", "streaming", "merging", "auditing",
     "models", "weightless", "resolving", "fitting", "loading", "compare", "runners", "recording",
     "inputs", "generating", "calling", "exporters", "matching", "placing", "timing", "footprint",
@@ -30,12 +30,16 @@ HOMES = {
     "transformers": {"models.py", "calling.py", "resolving.py", "lora.py"},
     "huggingface_hub": {"bases.py"},
     "click": {"cli"},
-    "rich": {"cli"},
+    "rich": {"cli", "training.py"},
+    "accelerate": {"training.py"},
     "peft": set(),
     "pytest": {"pytest_plugin.py"},
     "jsonschema": {"certificates.py"},
     "jinja2": {"report/html.py"},
     "matplotlib": {"plotting.py", "report/_plots.py"},
+    "sklearn": {"scoring.py"},
+    "sacrebleu": {"scoring.py"},
+    "rouge_score": {"scoring.py"},
 }
 
 

