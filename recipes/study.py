@@ -55,6 +55,7 @@ class Setting:
     full: int = 0
     tiny: int = 0
     needs: str = ""  # the run that has to be finished before
+    short: bool = False  # whether a preset may give it less training; see PRESETS
 
 
 # fmt: off
@@ -64,17 +65,18 @@ MATRIX = (
     Setting("lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", quick=3, full=3, tiny=2),
     Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=2),
     Setting("lora-8-long", "sst2", "lora", "--rank 8 --lr 1e-3 --epochs 3", full=1),
-    Setting("short-lora-8", "sst2", "lora", f"{SHORT} --rank 8 --lr 1e-3", full=1),
-    Setting("short-full", "sst2", "full", f"{SHORT} --lr 1e-4", full=1),
-    Setting("head", "sst2", "head", f"{SHORT} --lr 1e-2", quick=1, full=1, tiny=1),
-    Setting("bitfit", "sst2", "bitfit", f"{SHORT} --lr 2e-3", quick=1, full=1),
-    Setting("lora-1", "sst2", "lora", f"{SHORT} --rank 1 --alpha 2 --lr 1e-3", quick=1, full=1),
-    Setting("lora-4", "sst2", "lora", f"{SHORT} --rank 4 --alpha 8 --lr 1e-3", full=1),
-    Setting("lora-16", "sst2", "lora", f"{SHORT} --rank 16 --alpha 32 --lr 1e-3", full=1),
-    Setting("lora-8-qv", "sst2", "lora", f"{SHORT} --targets query,value --lr 1e-3", full=1),
-    Setting("rslora-8", "sst2", "rslora", f"{SHORT} --rank 8 --alpha 5.66 --lr 1e-3", full=1),
-    Setting("dora-8", "sst2", "dora", f"{SHORT} --rank 8 --lr 1e-3", full=1),
-    Setting("qlora-8", "sst2", "qlora", f"{SHORT} --rank 8 --lr 1e-3", full=1),
+    # Each of these differs from short-lora-8 in one thing alone, beside its learning rate.
+    Setting("short-lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", full=1, short=True),
+    Setting("short-full", "sst2", "full", "--lr 1e-4", full=1, short=True),
+    Setting("head", "sst2", "head", "--lr 1e-2", quick=1, full=1, tiny=1, short=True),
+    Setting("bitfit", "sst2", "bitfit", "--lr 2e-3", quick=1, full=1, short=True),
+    Setting("lora-1", "sst2", "lora", "--rank 1 --alpha 2 --lr 1e-3", quick=1, full=1, short=True),
+    Setting("lora-4", "sst2", "lora", "--rank 4 --alpha 8 --lr 1e-3", full=1, short=True),
+    Setting("lora-16", "sst2", "lora", "--rank 16 --alpha 32 --lr 1e-3", full=1, short=True),
+    Setting("lora-8-qv", "sst2", "lora", "--targets query,value --lr 1e-3", full=1, short=True),
+    Setting("rslora-8", "sst2", "rslora", "--rank 8 --alpha 5.66 --lr 1e-3", full=1, short=True),
+    Setting("dora-8", "sst2", "dora", "--rank 8 --lr 1e-3", full=1, short=True),
+    Setting("qlora-8", "sst2", "qlora", "--rank 8 --lr 1e-3", full=1, short=True),
     # A small language model is made and pretrained on the sentences of SST-2, then taught to answer
     # instructions about them.
     Setting("text", "text", "", quick=1, full=1, tiny=1),
@@ -111,7 +113,7 @@ COMMANDS = {
     "proof": "-m lora_export run --adapter {runs}/lora-8-seed-0/adapter.safetensors --base {base} "
     "--data {data}/dev.tsv --out {folder} --quiet",
 }
-# What a preset adds for a recipe, before the words of the setting.
+# What a preset adds for a recipe, before the words of the setting; for short ones a further part.
 PRESETS = {
     "tiny": {
         "sst2": "--limit 48 --epochs 1 --batch-size 8 --evaluate-every 3",
@@ -128,6 +130,7 @@ PRESETS = {
     },
     "full": {
         "sst2": "--epochs 2 --evaluate-every 200 --matmul-precision medium",
+        "short": "--limit 20000 --epochs 1 --evaluate-every 104",
         "pretraining": "--epochs 3 --evaluate-every 200",
         "causal_lm": "--epochs 1 --evaluate-every 200",
     },
@@ -282,8 +285,9 @@ def jobs_of(preset: str, data: str, base: str, out: Path) -> list[Job]:
     jobs: dict[str, Job] = {}
     for setting in MATRIX:
         for seed in range(getattr(setting, preset)):
-            template = [*shlex.split(COMMANDS[setting.recipe])]
-            template += shlex.split(f"{PRESETS[preset].get(setting.recipe, '')} {setting.words}")
+            keys = (setting.recipe, *(["short"] if setting.short else []))
+            added = [PRESETS[preset].get(key, "") for key in keys]
+            template = shlex.split(" ".join((COMMANDS[setting.recipe], *added, setting.words)))
             seeded = "{seed}" in template
             name = f"{setting.id}-seed-{seed}" if seeded else setting.id
             folder = out / "runs" / name

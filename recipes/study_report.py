@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -174,6 +174,11 @@ class Group:
         return self.runs[0]
 
     @property
+    def steps(self) -> int:
+        """How many steps of training each of its runs took."""
+        return max(int(one["step"]) for one in self.first.measurements if "step" in one)
+
+    @property
     def label(self) -> str:
         """What it is called in plots and tables."""
         return self.id.removeprefix("answers-")
@@ -240,6 +245,13 @@ class Study:
             if run.recipe == recipe and run.state == "finished":
                 found.setdefault(run.setting, []).append(run)
         return [Group(name, tuple(runs)) for name, runs in found.items()]
+
+    def budgets(self) -> dict[int, list[Group]]:
+        """Return the settings on sentences that can be compared, by their number of steps."""
+        found: dict[int, list[Group]] = {}
+        for group in self.groups("sst2"):
+            found.setdefault(group.steps, []).append(group)
+        return {steps: groups for steps, groups in found.items() if len(groups) > 1}
 
     def group(self, recipe: str, setting: str) -> Group | None:
         """Return one setting, where it has finished runs."""
@@ -348,6 +360,7 @@ def table_of(study: Study, recipe: str) -> Table:
             (
                 group.label,
                 group.first.words,
+                f"{group.steps:,}",
                 str(len(group.runs)),
                 *scores,
                 number(group.parameters, 0),
@@ -361,6 +374,7 @@ def table_of(study: Study, recipe: str) -> Table:
     columns = (
         "setting",
         "arguments",
+        "steps",
         "seeds",
         *(score.name + (", %" if score.unit else "") for score in SCORES[recipe]),
         "trained parameters",
@@ -385,7 +399,7 @@ def ratios(predicted: float, measured: float, full: Group | None, kind: str) -> 
 def csv_table(study: Study) -> str:
     """Return one row for each setting of every recipe, in plain numbers; bytes are bytes."""
     scores = [score.name for recipe in SCORES.values() for score in recipe]
-    columns = ["recipe", "setting", "method", "arguments", "seeds"]
+    columns = ["recipe", "setting", "method", "arguments", "steps", "seeds"]
     columns += [f"{name}{end}" for name in scores for end in ("", " low", " high")]
     columns += ["trainable parameters", "share"]
     for what in ("optimizer state", "checkpoint"):
@@ -403,6 +417,7 @@ def csv_table(study: Study) -> str:
                 "setting": group.id,
                 "method": group.first.method,
                 "arguments": group.first.words,
+                "steps": group.steps,
                 "seeds": len(group.runs),
                 "trainable parameters": int(group.parameters),
                 "share": group.share,
@@ -436,27 +451,36 @@ class Plot:
 
 def plots_of(study: Study) -> Iterator[Plot]:
     """Draw what there is data for."""
-    drawings: tuple[tuple[str, str, Callable[[Study], Figure | None]], ...] = (
-        ("learning", "Loss and accuracy over the steps of training, by method", learning),
-        ("parameters", "Accuracy against the number of trained parameters", by_parameters),
-        ("cost", "Memory and time of a training step, by method", costs),
-        ("latency", "Latency of the unmerged, the merged and the exported model", latencies),
-        ("generation", "Perplexity and ROUGE-L over the steps of training", generation),
-    )
-    for name, description, draw in drawings:
-        if (figure := draw(study)) is not None:
+    figures: list[tuple[str, str, Figure | None]] = []
+    for steps, groups in study.budgets().items():
+        budget = f"{steps:,} steps of training"
+        for name, text, figure in (
+            ("learning", "Loss and accuracy over the steps", learning(study, groups)),
+            ("parameters", "Accuracy against the trained parameters", by_parameters(groups)),
+        ):
+            figures.append((f"{name}-{steps}", f"{text}: {budget}", figure))
+            if figure is not None:
+                figure.suptitle(budget, fontsize=10)
+    text = "Memory and time of a training step, by method"
+    figures.append(("cost", text, costs(study)))
+    text = "Latency of the unmerged, the merged and the exported model"
+    figures.append(("latency", text, latencies(study)))
+    text = "Perplexity and ROUGE-L over the steps of training"
+    figures.append(("generation", text, generation(study)))
+    for name, text, figure in figures:
+        if figure is not None:
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata={"Date": None})
-            yield Plot(name, description, file.getvalue())
+            yield Plot(name, text, file.getvalue())
 
 
-def learning(study: Study) -> Figure | None:
-    """Draw the curves of one setting of each method, on sentences."""
-    groups: dict[str, Group] = {}
-    for group in study.groups("sst2"):
-        groups.setdefault(group.first.method, group)
+def learning(study: Study, groups: Sequence[Group]) -> Figure | None:
+    """Draw the curves of one setting of each method."""
+    first: dict[str, Group] = {}
+    for group in groups:
+        first.setdefault(group.first.method, group)
     panels = (("loss", "training loss, nats", 1), ("accuracy", "accuracy on dev, %", 100))
-    return curves(study, [*groups.values()], panels)
+    return curves(study, [*first.values()], panels)
 
 
 def generation(study: Study) -> Figure | None:
@@ -491,11 +515,8 @@ def curves(
     return figure
 
 
-def by_parameters(study: Study) -> Figure | None:
+def by_parameters(groups: Sequence[Group]) -> Figure:
     """Draw accuracy over trained parameters, with intervals where there are seeds."""
-    groups = study.groups("sst2")
-    if not groups:
-        return None
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     drawn: dict[str, int] = {}
@@ -592,7 +613,8 @@ def sections_of(study: Study, plots: Mapping[str, Plot]) -> list[Section]:
     """Return the page, top to bottom; sections with nothing to say are left out."""
 
     def section(title: str, said: Iterable[str], *names: str, **more: Any) -> Section:
-        return Section(title, list(said), [plots[n] for n in names if n in plots], **more)
+        shown = [plot for name, plot in plots.items() if name.startswith(names)] if names else []
+        return Section(title, list(said), shown, **more)
 
     missing = list(not_reached(study))
     nothing = "Nothing: every planned run is finished, and every aim that applies is reached."
@@ -732,9 +754,18 @@ def how_small(study: Study) -> Iterator[str]:
         f"{lora.file_bytes / full.file_bytes:.4f} measured."
     )
     yield (
-        "The plot shows each setting's accuracy over the number of parameters it trains; the axis "
-        "is logarithmic: from one grid line to the next it is ten times as many."
+        "A plot shows each setting's accuracy over the number of parameters it trains; the axis is "
+        "logarithmic: from one grid line to the next it is ten times as many. Only settings that "
+        "were trained for as many steps are compared."
     )
+    for steps, groups in study.budgets().items():
+        known = [(value, group) for group in groups if (value := group.estimate("accuracy"))]
+        told = [
+            f"{group.label} {percent(value.value)} ({percent(group.share, 2)} of the parameters"
+            f"{', single run' if value.is_single else ''})"
+            for value, group in sorted(known, key=lambda pair: -pair[0].value)
+        ]
+        yield f"Accuracy after {steps:,} steps, best first: {'; '.join(told)}."
 
 
 def what_it_costs(study: Study) -> Iterator[str]:

@@ -7,6 +7,7 @@ import csv
 import importlib
 import json
 import math
+import os
 import re
 import signal
 import statistics
@@ -242,6 +243,32 @@ def test_lora_and_full_have_three_seeds_in_quick_and_full(recipe, tmp_path):
     for preset in ("quick", "full"):
         ids = {job.id for job in recipe.jobs_of(preset, "data", "base", tmp_path)}
         assert {f"{name}-seed-{seed}" for name in ("lora-8", "full") for seed in range(3)} <= ids
+
+
+@pytest.mark.slow
+def test_the_tiny_preset_runs_the_real_recipes(tiny_base, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, times in (("train", 12), ("dev", 2)):
+        text = "a great film \t1\nthe best cast \t1\na bad film \t0\ndull and boring \t0\n"
+        (tmp_path / "data" / f"{name}.tsv").write_text("sentence\tlabel\n" + text * times)
+    words = ["--preset", "tiny", "--data", "data", "--base", str(tiny_base), "--out", "out"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "study.py"), *words],
+        cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    out = tmp_path / "out"
+    assert {line["state"] for line in lines_of(out).values()} == {"finished"}
+    assert {path.stem.partition("-")[0] for path in out.glob("*.svg")} == {
+        "learning", "parameters", "cost", "latency", "generation",
+    }  # fmt: skip
+    small = [path for path in out.iterdir() if path.is_file()]
+    assert not [path for path in small if str(tmp_path) in path.read_text()]
+    with (out / "table.csv").open() as file:
+        for row in csv.DictReader(file):
+            assert float(row["optimizer state bytes"]) == float(
+                row["optimizer state bytes predicted"]
+            )
 
 
 # ---------------------------------------------------------------- statistics
