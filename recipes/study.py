@@ -62,13 +62,13 @@ class Setting:
 # One of these differs from the next in one thing alone.
 SHORT = "--limit 20000 --epochs 1 --evaluate-every 104"
 MATRIX = (
-    Setting("lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", quick=3, full=3, tiny=2),
-    Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=2),
+    Setting("lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", quick=3, full=3, tiny=1),
+    Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=1),
     Setting("lora-8-long", "sst2", "lora", "--rank 8 --lr 1e-3 --epochs 3", full=1),
     # Each of these differs from short-lora-8 in one thing alone, beside its learning rate.
     Setting("short-lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", full=1, short=True),
     Setting("short-full", "sst2", "full", "--lr 1e-4", full=1, short=True),
-    Setting("head", "sst2", "head", "--lr 1e-2", quick=1, full=1, tiny=1, short=True),
+    Setting("head", "sst2", "head", "--lr 1e-2", quick=1, full=1, short=True),
     Setting("bitfit", "sst2", "bitfit", "--lr 2e-3", quick=1, full=1, short=True),
     Setting("lora-1", "sst2", "lora", "--rank 1 --alpha 2 --lr 1e-3", quick=1, full=1, short=True),
     Setting("lora-4", "sst2", "lora", "--rank 4 --alpha 8 --lr 1e-3", full=1, short=True),
@@ -85,9 +85,9 @@ MATRIX = (
             needs="fresh"),
     Setting("answers-lora-8", "causal_lm", "lora", "--rank 8 --lr 5e-3", quick=1, full=3, tiny=1,
             needs="pretrained-seed-0"),
-    Setting("answers-full", "causal_lm", "full", "--lr 1e-3", quick=1, full=3, tiny=1,
+    Setting("answers-full", "causal_lm", "full", "--lr 1e-3", quick=1, full=3,
             needs="pretrained-seed-0"),
-    Setting("memory-full", "cost", "full", quick=1, full=1, tiny=1),
+    Setting("memory-full", "cost", "full", quick=1, full=1),
     Setting("memory-lora", "cost", "lora", quick=1, full=1, tiny=1),
     Setting("memory-dora", "cost", "dora", full=1),
     Setting("memory-bitfit", "cost", "bitfit", quick=1, full=1),
@@ -123,10 +123,10 @@ PRESETS = {
         "cost": "--batch-size 4 --length 8 --steps 3 --rounds 3",
     },
     "quick": {
-        "sst2": "--limit 4000 --epochs 1 --evaluate-every 16",
+        "sst2": "--limit 4000 --epochs 1 --batch-size 32 --evaluate-every 25",
         "pretraining": "--max-steps 150 --evaluate-every 50",
         "causal_lm": "--max-steps 100 --evaluate-every 25 --answers 64",
-        "cost": "--rounds 10",
+        "cost": "--steps 10 --rounds 10",
     },
     "full": {
         "sst2": "--epochs 2 --evaluate-every 200 --matmul-precision medium",

@@ -325,6 +325,16 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{number(100 * value, digits)} %"
 
 
+def significant(value: float) -> str:
+    """Return a number with three significant digits, and no exponent."""
+    return np.format_float_positional(value, 3, fractional=False, trim="-")
+
+
+def share(group: Group) -> str:
+    """Return the share of the parameters that a setting trains, in percent."""
+    return f"{significant(100 * group.share)} %"
+
+
 def seeds(group: Group) -> str:
     """Return how many runs a figure is from."""
     return f"{len(group.runs)} seeds" if len(group.runs) > 1 else "1 seed"
@@ -364,7 +374,7 @@ def table_of(study: Study, recipe: str) -> Table:
                 str(len(group.runs)),
                 *scores,
                 number(group.parameters, 0),
-                percent(group.share, 2),
+                share(group),
                 size(group.state_bytes),
                 ratios(group.state_predicted, group.state_bytes, full, "state"),
                 size(group.file_bytes),
@@ -393,7 +403,7 @@ def ratios(predicted: float, measured: float, full: Group | None, kind: str) -> 
         return ""
     wholes = getattr(full, f"{kind}_predicted"), getattr(full, f"{kind}_bytes")
     pair = predicted / wholes[0], measured / wholes[1]
-    return ", ".join(f"{value:.4f}" for value in pair)
+    return ", ".join(map(significant, pair))
 
 
 def csv_table(study: Study) -> str:
@@ -681,11 +691,11 @@ def how_good(study: Study) -> Iterator[str]:
     yield (
         f"LoRA minus full fine-tuning is {(gap * 100).text(2, ' points')}"
         f"{'' if gap.is_single else ' (Welch, which takes the two for independent)'}: "
-        f"{'within' if is_within else 'not within'} {100 * WITHIN:.1f} points of full fine-tuning. "
-        f"{spread}"
+        f"{'within' if is_within else 'not within'} {100 * WITHIN:.1f} points of full fine-tuning"
+        f"{', or better' if is_within else ''}. {spread}"
     )
     yield (
-        f"For that LoRA trains {number(lora.parameters, 0)} parameters, {percent(lora.share, 2)} "
+        f"For that LoRA trains {number(lora.parameters, 0)} parameters, {share(lora)} "
         f"of all; full fine-tuning {number(full.parameters, 0)}."
     )
     if best := best_run(study):
@@ -742,16 +752,16 @@ def how_small(study: Study) -> Iterator[str]:
         f"counter for every tensor. For {LORA} that makes {size(lora.state_predicted)}; measured "
         f"were {size(lora.state_bytes)}. For full fine-tuning it makes "
         f"{size(full.state_predicted)}; measured were {size(full.state_bytes)}. The ratio is "
-        f"{lora.state_predicted / full.state_predicted:.4f} predicted, "
-        f"{lora.state_bytes / full.state_bytes:.4f} measured."
+        f"{significant(lora.state_predicted / full.state_predicted)} predicted, "
+        f"{significant(lora.state_bytes / full.state_bytes)} measured."
     )
     yield (
         f"What has to be kept is 4 bytes for each trained parameter: {size(lora.file_predicted)} "
         f"for {LORA} ({size(lora.file_bytes)} on disk, the rest is a description), "
         f"{size(full.file_predicted)} for the full model ({size(full.file_bytes)} on disk, with "
         f"its configuration and tokenizer). The ratio is "
-        f"{lora.file_predicted / full.file_predicted:.4f} predicted, "
-        f"{lora.file_bytes / full.file_bytes:.4f} measured."
+        f"{significant(lora.file_predicted / full.file_predicted)} predicted, "
+        f"{significant(lora.file_bytes / full.file_bytes)} measured."
     )
     yield (
         "A plot shows each setting's accuracy over the number of parameters it trains; the axis is "
@@ -761,7 +771,7 @@ def how_small(study: Study) -> Iterator[str]:
     for steps, groups in study.budgets().items():
         known = [(value, group) for group in groups if (value := group.estimate("accuracy"))]
         told = [
-            f"{group.label} {percent(value.value)} ({percent(group.share, 2)} of the parameters"
+            f"{group.label} {percent(value.value)} ({share(group)} of the parameters"
             f"{', single run' if value.is_single else ''})"
             for value, group in sorted(known, key=lambda pair: -pair[0].value)
         ]
@@ -824,6 +834,10 @@ def what_merging_does(study: Study) -> Iterator[str]:
             )
             + "."
         )
+    accuracies = [m for m in proof.measurements if m["name"] == "accuracy"]
+    if accuracies:
+        shares = [f"{one['subject']} {percent(one['value'], 2)}" for one in accuracies]
+        yield f"Accuracy on the dev sentences: {'; '.join(shares)} (idle: with the adapter off)."
     passed = sum(v["status"] == "pass" for v in proof.verdicts)
     bad = [
         f"{v['check']} of {v['subject']}: {v['status']}"
@@ -855,8 +869,8 @@ def writing(study: Study) -> Iterator[str]:
         scores = [
             f"{one.name} {(v * one.factor).text(one.digits, one.unit)}" for one, v in group.scores()
         ]
-        share = percent(group.share, 2)
-        yield f"{group.label} ({seeds(group)}, {share} of the parameters): {', '.join(scores)}."
+        who = f"{group.label} ({seeds(group)}, {share(group)} of the parameters)"
+        yield f"{who}: {', '.join(scores)}."
     lora, full = groups.get(f"answers-{LORA}"), groups.get(WHOLE["causal_lm"])
     if lora and full:
         gaps = []
@@ -865,7 +879,7 @@ def writing(study: Study) -> Iterator[str]:
                 gap = difference(lora.values(score.name), theirs) * score.factor
                 unit = " points" if score.unit else ""
                 gaps.append(f"{score.name} {gap.text(score.digits, unit)}")
-        yield f"LoRA minus full fine-tuning (Welch): {'; '.join(gaps)}."
+        yield f"LoRA minus full fine-tuning (Welch, where there are seeds): {'; '.join(gaps)}."
 
 
 def all_settings(study: Study) -> Iterator[str]:
@@ -891,7 +905,7 @@ def not_reached(study: Study) -> Iterator[str]:
         if not lora.share <= MOST_SHARE:
             yield (
                 f"at most {percent(MOST_SHARE)} of the parameters trained: {LORA} trains "
-                f"{percent(lora.share, 2)}"
+                f"{share(lora)}"
             )
     best = best_run(study)
     if study.about["preset"] == "full" and (best is None or best[1] < BEST):

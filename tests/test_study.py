@@ -363,7 +363,7 @@ def test_the_page_has_the_means_and_the_difference(made, page):
     assert "full fine-tuning 90.00 % [87.52, 92.48] (3 seeds)" in text
     minus = "\N{MINUS SIGN}"
     assert f"is {minus}1.00 points [{minus}{-gap.low:.2f}, {gap.high:.2f}] (Welch" in text
-    assert ": within 1.5 points of full fine-tuning. The interval reaches across" in text
+    assert ": within 1.5 points of full fine-tuning, or better. The interval reaches across" in text
 
 
 def test_the_page_says_so_where_lora_is_not_within_reach(made):
@@ -373,8 +373,9 @@ def test_the_page_says_so_where_lora_is_not_within_reach(made):
 
 
 def test_an_interval_that_is_decided_is_said_to_be(made):
-    assert "within 1.5 points of full fine-tuning. The whole interval says so." in made(
-        lora=(0.900, 0.901, 0.902), full=(0.9, 0.901, 0.902)
+    assert (
+        ": within 1.5 points of full fine-tuning, or better. The whole interval says so."
+        in made(lora=(0.900, 0.901, 0.902), full=(0.9, 0.901, 0.902))
     )
     assert "not within 1.5 points of full fine-tuning. The whole interval says so." in made(
         lora=(0.850, 0.851, 0.852), full=(0.9, 0.901, 0.902)
@@ -390,9 +391,9 @@ def test_single_runs_are_said_to_be(made):
 def test_the_page_holds_predictions_against_what_was_measured(made):
     text = made()
     predicted = [8 * SIZES[m][0] + 4 * SIZES[m][1] for m in ("lora", "full")]
-    ratio = f"{predicted[0] / predicted[1]:.4f}"
+    ratio = f"{predicted[0] / predicted[1]:.3g}"
     assert f"The ratio is {ratio} predicted, {ratio} measured." in text
-    assert f"trains 300 parameters, {100 * 300 / ALL:.2f} % of all" in text
+    assert f"trains 300 parameters, {100 * 300 / ALL:.3g} % of all" in text
 
 
 def test_a_measured_state_that_is_not_as_predicted_shows(made, tmp_path, page):
@@ -482,10 +483,12 @@ def test_the_proof_is_told_with_what_is_no_pass(made, tmp_path):
         }
         for name, value in (("unmerged", 20.0), ("merged", 26.0), ("onnx", 10.0))
     ]
+    latency.append({"name": "accuracy", "subject": "merged", "value": 0.9})
     proof = run_of("proof", "lora", measurements=latency, verdicts=[v | verdict for v in verdicts])
     text = made(more=[proof], drawn=True)
     assert "onnx, batch 1: 0.50 (pass); merged, batch 1: 1.30 (fail)" in text
     assert "onnx: 0 of 872." in text
+    assert "Accuracy on the dev sentences: merged 90.00 % (idle: with" in text
     assert (
         "2 of 3 verdicts of `lora-export run` on it are a pass; no pass: latency of merged" in text
     )
@@ -513,7 +516,8 @@ def test_generation_is_told_with_its_difference(made, tmp_path):
     ]
     text = made(more=more)
     assert re.search(r"lora-8 \(3 seeds, 1.48 % of the parameters\): ROUGE-L 41.00 % \[", text)
-    assert "LoRA minus full fine-tuning (Welch): ROUGE-L \N{MINUS SIGN}5.00 points [" in text
+    gap = "(Welch, where there are seeds): ROUGE-L \N{MINUS SIGN}5.00 points ["
+    assert f"LoRA minus full fine-tuning {gap}" in text
 
 
 def test_the_table_has_plain_numbers(made, tmp_path, page):
