@@ -558,7 +558,10 @@ def results_of(job: Job) -> dict[str, Any]:
             tensors, _ = storage.read_header(job.folder / name)
             stored = {"name": "stored tensors", "subject": name, "unit": "count", "samples": 1}
             found.append({**stored, "value": len(tensors)})
-    return {"measurements": found}
+    return {
+        "measurements": found,
+        "settings": read_json(job.folder / "run.json").get("settings", {}),
+    }
 
 
 def rows_of(job: Job) -> list[dict[str, Any]]:

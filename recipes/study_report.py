@@ -148,6 +148,7 @@ class Run:
     why: str = ""
     measurements: Sequence[Mapping[str, Any]] = ()
     verdicts: Sequence[Mapping[str, Any]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def get(self, name: str, subject: str | None = None) -> float | None:
         """Return the value of the first measurement of this name."""
@@ -781,6 +782,13 @@ def how_small(study: Study) -> Iterator[str]:
 def what_it_costs(study: Study) -> Iterator[str]:
     """Say what memory and time a step takes, by method."""
     memory, times = study.cost("peak memory growth"), study.cost("step time ratio")
+    shapes = {
+        f"{run.settings['batch_size']} rows of {run.settings['length']} tokens"
+        for run in study.runs
+        if run.recipe == "cost" and run.settings
+    }
+    if shapes:
+        yield f"Measured on batches of {' and '.join(sorted(shapes))}, made at random."
     if "full" in memory:
         others = [
             f"{name} {size(value)} ({value / memory['full']:.2f} of full fine-tuning)"

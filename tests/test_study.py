@@ -278,6 +278,11 @@ def test_the_tiny_preset_runs_the_real_recipes(tiny_base, tmp_path):
     }  # fmt: skip
     small = [path for path in out.iterdir() if path.is_file()]
     assert not [path for path in small if str(tmp_path) in path.read_text()]
+    cost = {one["name"]: one["value"] for one in lines_of(out)["memory-lora"]["measurements"]}
+    assert cost["optimizer state"] == (
+        8 * cost["trainable parameters"] + 4 * cost["trainable tensors"]
+    )
+    assert cost["peak memory growth"] > 0
     with (out / "table.csv").open() as file:
         for row in csv.DictReader(file):
             assert float(row["optimizer state bytes"]) == float(
@@ -443,7 +448,7 @@ def test_costs_are_drawn_and_told(made, tmp_path):
         return {"name": name, "subject": subject, "value": value, "unit": "", "samples": 3}
 
     more = [
-        run_of("cost", method, measurements=[
+        run_of("cost", method, settings={"batch_size": 4, "length": 8}, measurements=[
             measured("peak memory growth", "CPU, resident", grown),
             measured("optimizer state", "AdamW", 8e6),
             measured("trainable tensors", "model", 3),
@@ -459,6 +464,7 @@ def test_costs_are_drawn_and_told(made, tmp_path):
     text = made(more=more, drawn=True)
     assert "Full fine-tuning 800 MB; lora 400 MB (0.50 of full fine-tuning)." in text
     assert "lora 0.70 [0.69, 0.72]" in text
+    assert "on batches of 4 rows of 8 tokens" in text
     assert (tmp_path / "cost.svg").is_file()
 
 
