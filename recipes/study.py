@@ -128,7 +128,7 @@ PRESETS = {
     },
     "full": {
         "sst2": "--epochs 2 --evaluate-every 200 --matmul-precision medium",
-        "short": "--limit 20000 --epochs 1 --evaluate-every 104 --matmul-precision medium",
+        "short": "--limit 20000 --epochs 1 --evaluate-every 104",
         "pretraining": "--epochs 1 --batch-size 8 --evaluate-every 400",
         "causal_lm": "--batch-size 32 --max-steps 900 --evaluate-every 300 --answers 256 "
         "--max-new-tokens 40",
