@@ -60,21 +60,20 @@ class Setting:
 
 # fmt: off
 MATRIX = (
-    Setting("lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", quick=3, full=3, tiny=1),
+    Setting("lora-8", "sst2", "lora", "--rank 8 --lr 2e-3", quick=3, full=3, tiny=1),
     Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=1),
-    Setting("lora-8-long", "sst2", "lora", "--rank 8 --lr 1e-3 --epochs 3", full=1),
     # Each of these differs from short-lora-8 in one thing alone, beside its learning rate.
-    Setting("short-lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", full=1, short=True),
+    Setting("short-lora-8", "sst2", "lora", "--rank 8 --lr 2e-3", full=1, short=True),
     Setting("short-full", "sst2", "full", "--lr 1e-4", full=1, short=True),
     Setting("head", "sst2", "head", "--lr 1e-2", quick=1, full=1, short=True),
     Setting("bitfit", "sst2", "bitfit", "--lr 2e-3", quick=1, full=1, short=True),
-    Setting("lora-1", "sst2", "lora", "--rank 1 --alpha 2 --lr 1e-3", quick=1, full=1, short=True),
-    Setting("lora-4", "sst2", "lora", "--rank 4 --alpha 8 --lr 1e-3", full=1, short=True),
+    Setting("lora-1", "sst2", "lora", "--rank 1 --alpha 2 --lr 2e-3", quick=1, full=1, short=True),
+    Setting("lora-4", "sst2", "lora", "--rank 4 --alpha 8 --lr 2e-3", full=1, short=True),
     Setting("lora-16", "sst2", "lora", "--rank 16 --alpha 32 --lr 1e-3", full=1, short=True),
-    Setting("lora-8-qv", "sst2", "lora", "--targets query,value --lr 1e-3", full=1, short=True),
-    Setting("rslora-8", "sst2", "rslora", "--rank 8 --alpha 5.66 --lr 1e-3", full=1, short=True),
-    Setting("dora-8", "sst2", "dora", "--rank 8 --lr 1e-3", full=1, short=True),
-    Setting("qlora-8", "sst2", "qlora", "--rank 8 --lr 1e-3", full=1, short=True),
+    Setting("lora-8-qv", "sst2", "lora", "--targets query,value --lr 2e-3", full=1, short=True),
+    Setting("rslora-8", "sst2", "rslora", "--rank 8 --lr 1e-3", full=1, short=True),
+    Setting("dora-8", "sst2", "dora", "--rank 8 --lr 2e-3", full=1, short=True),
+    Setting("qlora-8", "sst2", "qlora", "--rank 8 --lr 2e-3", full=1, short=True),
     # A small language model is made and pretrained on the sentences of SST-2, then taught to answer
     # instructions about them.
     Setting("text", "text", "", quick=1, full=1, tiny=1),
@@ -94,6 +93,7 @@ MATRIX = (
     Setting("steps", "cost", "full,lora,bitfit,head", "--ratios", quick=1, full=1, tiny=1),
     Setting("steps-dora", "cost", "full,dora", "--ratios", full=1),
     Setting("steps-qlora", "cost", "full,qlora", "--ratios", full=1),
+    Setting("lora-8-long", "sst2", "lora", "--rank 8 --lr 2e-3 --epochs 3", full=1),
     Setting("proof", "proof", "lora", quick=1, full=1, tiny=1, needs="lora-8-seed-0"),
 )
 # fmt: on
@@ -128,7 +128,7 @@ PRESETS = {
     },
     "full": {
         "sst2": "--epochs 2 --evaluate-every 200 --matmul-precision medium",
-        "short": "--limit 20000 --epochs 1 --evaluate-every 104",
+        "short": "--limit 12800 --epochs 1 --evaluate-every 50",
         "pretraining": "--epochs 1 --batch-size 8 --evaluate-every 400",
         "causal_lm": "--batch-size 32 --max-steps 900 --evaluate-every 300 --answers 256 "
         "--max-new-tokens 40",
