@@ -129,7 +129,9 @@ def load(
         options |= dict.fromkeys(dropouts, args.base_dropout)
     if nf4:
         return quantised.load_nf4(AutoModelForSequenceClassification, base, **options)
-    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(base, **options)
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+        base, dtype=torch.float32, **options
+    )
     return model
 
 
