@@ -19,12 +19,13 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads give the core back
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -44,15 +45,20 @@ def arguments() -> argparse.Namespace:
     add("--data", default="stanfordnlp/sst2", help="folder with train.tsv and dev.tsv, or hub id")
     add("--out", type=Path, default=Path("out/sst2"), help="directory")
     add("--method", default="lora", choices=methods.METHODS)
+    add_model_arguments(parser)
+    add("--limit", type=int, default=0, help="train on this many sentences only (0: all)")
+    training.add_arguments(parser)
+    return parser.parse_args()
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16.0)
     add("--dropout", type=float, default=0.0, help="before A, in training")
     add("--base-dropout", type=float, help="of the base's own layers; its configuration says else")
     add("--targets", default="all-linear", help="comma-separated names, globs or re: expressions")
     add("--max-length", type=int, default=128, help="tokens; longer sentences are cut")
-    add("--limit", type=int, default=0, help="train on this many sentences only (0: all)")
-    training.add_arguments(parser)
-    return parser.parse_args()
 
 
 def main() -> None:
@@ -67,7 +73,8 @@ def main() -> None:
     splits = list(load_data(args.data))
     train, dev = (encode(tokenizer, *split, args.max_length) for split in splits)
     train = random.Random(args.seed).sample(train, args.limit or len(train))
-    model = build(base.path, args, tokenizer.pad_token_id)
+    model = classifier(base.path, args, tokenizer.pad_token_id)
+    methods.adapt(model, args.method, lora_config(model, args))
     left_out = {"base", "data", "out", "resume", "method", *vars(settings)}
     description = training.about(
         "sst2", args.method, settings,
@@ -79,13 +86,10 @@ def main() -> None:
         print(f"base: {args.base} ({base.origin}); {len(train)} training sentences, {len(dev)} dev")
         print(trainable_parameters(model))
 
-    def evaluate(model: nn.Module) -> tuple[Measurement, ...]:
-        answers = training.class_logits(model, dev, tokenizer.pad_token_id).argmax(-1)
-        return scoring.classification(splits[1][1], answers.tolist())
-
     history = training.fit(
         model, train, settings,
-        pad=tokenizer.pad_token_id, evaluate=evaluate, folder=args.out, resume=args.resume,
+        pad=tokenizer.pad_token_id, evaluate=evaluation(dev, tokenizer.pad_token_id),
+        folder=args.out, resume=args.resume,
         identity={k: description[k] for k in ("method", "base", "data_sha256", "options")},
     )  # fmt: skip
     if training.is_main_process():
@@ -99,8 +103,10 @@ def main() -> None:
         print(f"dev {found} in {history.seconds / 60:.1f} min: {saved}")
 
 
-def build(base: Path, args: argparse.Namespace, pad_token_id: int) -> nn.Module:
-    names = dict(enumerate(LABELS))
+def classifier(
+    base: Path, args: argparse.Namespace, pad_token_id: int, labels: Sequence[str] = LABELS
+) -> nn.Module:
+    names = dict(enumerate(labels))
     config = AutoConfig.from_pretrained(
         base, id2label=names, label2id={v: k for k, v in names.items()}, pad_token_id=pad_token_id
     )
@@ -109,15 +115,25 @@ def build(base: Path, args: argparse.Namespace, pad_token_id: int) -> nn.Module:
             if "dropout" in name or name.endswith("pdrop"):
                 setattr(config, name, args.base_dropout)
     model: nn.Module = AutoModelForSequenceClassification.from_pretrained(base, config=config)
-    lora = LoraConfig(
+    return model
+
+
+def lora_config(model: nn.Module, args: argparse.Namespace) -> LoraConfig:
+    return LoraConfig(
         rank=args.rank,
         alpha=args.alpha,
         dropout=args.dropout,
         targets=tuple(args.targets.split(",")),
         modules_to_save=heads(model),
     )
-    methods.adapt(model, args.method, lora)
-    return model
+
+
+def evaluation(dev: Sequence[training.Example], pad_token_id: int) -> training.Evaluate:
+    def evaluate(model: nn.Module) -> tuple[Measurement, ...]:
+        answers = training.class_logits(model, dev, pad_token_id).argmax(-1)
+        return scoring.classification(np.array([label for _, label in dev]), answers)
+
+    return evaluate
 
 
 # ---------------------------------------------------------------- data
