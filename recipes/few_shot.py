@@ -33,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads give the cor
 import sst2
 import torch
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 import lora_export
 from lora_export import InputError, bases, methods, publishing, storage, training
@@ -90,6 +91,8 @@ def known_methods(text: str) -> tuple[str, ...]:
 
 def main() -> None:
     args = arguments()
+    logging.set_verbosity_error()  # each load would say that the head is new
+    logging.disable_progress_bar()
     if args.seeds < 1:
         raise InputError(f"--seeds is {args.seeds}; expected at least 1")
     splits = load(args.data)
@@ -194,11 +197,16 @@ def load(source: str) -> tuple[Split, Split]:
             f"{source}: expected train.tsv and dev.tsv with the columns sentence and label, "
             "a label being the number of its class, from 0"
         ) from error
-    classes = set(range(1 + max(train[1], default=0)))
-    if missing := classes - set(train[1]):
-        raise InputError(f"{source}: no training sentence has the label {min(missing)}")
-    if strange := set(dev[1]) - classes:
-        raise InputError(f"{source}: the label {min(strange)} of dev is not one of train")
+    classes = set(train[1])
+    if classes != set(range(len(classes))) or not classes:
+        raise InputError(
+            f"{source}: the labels of train are {sorted(classes)}; expected all from 0 to the last"
+        )
+    if not dev[1] or not classes.issuperset(dev[1]):
+        raise InputError(
+            f"{source}: the labels of dev are {sorted({*dev[1]})}; expected some of "
+            f"{sorted(classes)}"
+        )
     return train, dev
 
 
