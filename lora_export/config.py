@@ -12,7 +12,8 @@ from lora_export.errors import InputError
 
 ALL_LINEAR = "all-linear"
 INITS = ("kaiming", "gaussian")
-TRAINABLE = ("lora", "rslora")  # variants with a layer of their own; the others are merged only
+# Variants with a layer of their own, alone or joined by "+"; the others are merged only.
+TRAINABLE = ("lora", "rslora", "dora")
 T = TypeVar("T")
 
 
@@ -54,9 +55,11 @@ class LoraConfig:
                 raise InputError(f"alpha is {alpha!r}; expected a number above 0")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise InputError(f"dropout is {self.dropout!r}; expected 0 <= dropout < 1")
-        if self.variant not in TRAINABLE:
+        if not is_trainable(self.variant):
             known = ", ".join(TRAINABLE)
-            raise InputError(f"variant is {self.variant!r}; expected one of {known}")
+            raise InputError(
+                f"variant is {self.variant!r}; expected one of {known}, or several joined by '+'"
+            )
         if self.init not in INITS:
             raise InputError(f"init is {self.init!r}; expected one of {', '.join(INITS)}")
         if not self.targets:
@@ -79,6 +82,11 @@ class LoraConfig:
         if any(matches(pattern, path) for pattern in self.exclude):
             return False
         return any(pattern == ALL_LINEAR or matches(pattern, path) for pattern in self.targets)
+
+
+def is_trainable(variant: str) -> bool:
+    """Return whether every part of `variant` has a layer that trains it."""
+    return set(variant.split("+")) <= {*TRAINABLE}
 
 
 def matches(pattern: str, path: str) -> bool:

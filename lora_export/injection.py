@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_export import recomputed, variants
-from lora_export.config import ALL_LINEAR, TRAINABLE, LoraConfig, matches, nearest, select
+from lora_export.config import ALL_LINEAR, LoraConfig, is_trainable, matches, nearest, select
 from lora_export.errors import AdapterMismatch, InputError, listed
-from lora_export.lora import LoraLayer, layer_class, shape_of
+from lora_export.lora import FACTORS, LoraLayer, layer_class, shape_of
 from lora_export.records import Adapter, Array, Factors, tensor_of, widened
 from lora_export.storage import fingerprint
 from lora_export.torch_rounding import TORCH_DTYPES
@@ -59,7 +59,8 @@ def heads(model: nn.Module) -> tuple[str, ...]:
 def inject(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
     """Replace the selected linear layers of `model`, in place; return their module paths.
 
-    All other parameters are frozen, but for those of `config.modules_to_save`.
+    All other parameters are frozen, but for those of `config.modules_to_save`. What belongs to a
+    `torch.nn.MultiheadAttention` is left alone: it reads weights without calling a layer.
 
     Raises:
         InputError: the model has LoRA layers already, or a pattern matches nothing; the message
@@ -68,7 +69,7 @@ def inject(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
     if lora_layers(model):
         raise InputError("the model has LoRA layers already; detach or merge them first")
     saved = _parameters_of(model, config.modules_to_save)
-    chosen = select(config, _candidates(model, config))
+    chosen = _chosen(model, config)
     if unsafe := _unsafe(model, chosen):
         raise InputError(listed("cannot adapt", unsafe))
     layers = {
@@ -105,8 +106,8 @@ def attach(model: nn.Module, adapter: Adapter) -> None:
         for path, layer in lora_layers(model).items():
             pair = adapter.modules[path]
             layer.scale = pair.scale
-            layer.lora_A = _parameter(pair.a, layer.weight)
-            layer.lora_B = _parameter(pair.b, layer.weight)
+            for name, factor in layer.factors().items():
+                setattr(layer, name, _parameter(getattr(pair, FACTORS[name]), factor))
         for name, value in adapter.replaced.items():
             _tensor(model, name).copy_(torch.from_numpy(widened(value)))
     recomputed.attach(model, prepared)
@@ -117,6 +118,7 @@ def _without_layer(model: nn.Module, adapter: Adapter) -> list[str]:
 
     That is what has no layer of its own, and weights that are tied with both sides updated.
     """
+    layered = is_trainable(adapter.variant)
     updated = {tensor_of(path, pair.kind) for path, pair in adapter.modules.items()}
     names: dict[int, set[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
@@ -125,7 +127,7 @@ def _without_layer(model: nn.Module, adapter: Adapter) -> list[str]:
     return [
         path
         for path, pair in adapter.modules.items()
-        if adapter.variant not in TRAINABLE or not pair.is_plain or f"{path}.weight" in tied
+        if not (layered and replace(pair, magnitude=None).is_plain) or f"{path}.weight" in tied
     ]
 
 
@@ -176,9 +178,7 @@ def extract(model: nn.Module) -> Adapter:
         raise InputError(f"the model mixes the variants {sorted(kinds)}; a file holds one")
     return Adapter(
         modules={
-            path: Factors(
-                _array(layer.lora_A), _array(layer.lora_B), layer.alpha, float(layer.scale)
-            )
+            path: Factors(alpha=layer.alpha, scale=float(layer.scale), **_arrays(layer))
             for path, layer in layers.items()
         },
         replaced={name: _array(model.get_parameter(name)) for name in _saved(model, layers)},
@@ -192,11 +192,15 @@ def describe(model: nn.Module, **about: Any) -> Adapter:
 
     Labels and task type come from the model where `about` does not say them.
     The fingerprint covers the base's weight of every adapted layer, as it is in memory.
+
+    Raises:
+        InputError: see `extract`; or a base that is held in 4 bits, which has no such weight.
     """
     adapter = replace(extract(model), **{**_known(model), **about})
     architecture = adapter.base.architecture or type(model).__name__
     mark = fingerprint(
-        (f"{path}.weight", *_bytes(layer.weight)) for path, layer in lora_layers(model).items()
+        (f"{path}.weight", *_bytes(layer.base_weight()))
+        for path, layer in lora_layers(model).items()
     )
     base = replace(
         adapter.base, architecture=architecture, fingerprint=mark, tensors=_tensors(model)
@@ -211,7 +215,7 @@ def _tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(value.shape)
         for name, value in model.state_dict().items()
-        if name.rpartition(".")[2] not in ("lora_A", "lora_B")
+        if name.rpartition(".")[2] not in FACTORS
     }
 
 
@@ -296,7 +300,7 @@ def _saved(model: nn.Module, layers: Mapping[str, LoraLayer]) -> tuple[str, ...]
 
 
 def _factor_ids(layers: Mapping[str, LoraLayer]) -> set[int]:
-    return {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    return {id(p) for layer in layers.values() for p in layer.factors().values()}
 
 
 def _install(model: nn.Module, layers: Mapping[str, LoraConfig], saved: tuple[str, ...]) -> None:
@@ -306,13 +310,30 @@ def _install(model: nn.Module, layers: Mapping[str, LoraConfig], saved: tuple[st
         module = model.get_submodule(path)
         kind = layer_class(module)
         assert kind is not None, path
-        model.set_submodule(path, kind.over(module, config))  # type: ignore[arg-type]
+        model.set_submodule(path, kind.over(module, config))
     for name in saved:
         tensor = _tensor(model, name)
         state.originals[name] = tensor.detach().clone()
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(True)
     setattr(model, _STATE, state)
+
+
+def _chosen(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
+    try:
+        return select(config, _candidates(model, config))
+    except InputError as error:
+        uncalled = [p for p, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+        if not uncalled:
+            raise
+        raise InputError(f"{error}; {_uncalled(uncalled[0])}") from error
+
+
+def _uncalled(path: str) -> str:
+    return (
+        f"{path}: torch.nn.MultiheadAttention reads its weights without calling a layer, so that "
+        "an update would be skipped silently; adapt an attention made of nn.Linear layers instead"
+    )
 
 
 def _candidates(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -344,12 +365,7 @@ def _unsafe(model: nn.Module, paths: Iterable[str]) -> list[str]:
         names.setdefault(id(parameter), []).append(name)
     faults = []
     for path in paths:
-        owner = model.get_submodule(path.rpartition(".")[0])
-        if isinstance(owner, nn.TransformerEncoderLayer | nn.MultiheadAttention):
-            faults.append(
-                f"{path}: in eval mode {type(owner).__name__} reads its weight without calling it, "
-                "so an update would be skipped silently"
-            )
+        faults += _uncalled_faults(model, path)
         twins = names[id(model.get_submodule(path).weight)]
         if others := [name for name in twins if name != f"{path}.weight"]:
             faults.append(
@@ -357,6 +373,11 @@ def _unsafe(model: nn.Module, paths: Iterable[str]) -> list[str]:
                 "move when merged; untie them first"
             )
     return faults
+
+
+def _uncalled_faults(model: nn.Module, path: str) -> list[str]:
+    owner = model.get_submodule(path.rpartition(".")[0])
+    return [_uncalled(path)] if isinstance(owner, nn.MultiheadAttention) else []
 
 
 def _parameters_of(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...]:
@@ -408,6 +429,8 @@ def _rebuilt_faults(model: nn.Module, name: str, updated: set[str]) -> list[str]
     twins = [other for other, value in known.items() if value is known.get(name)]
     if name not in known:
         return [f"{name}: no such parameter (near: {nearest(name, known)})"]
+    if faults := _uncalled_faults(model, name.rpartition(".")[0]):
+        return faults
     others = ", ".join(twin for twin in twins if twin not in updated)
     return [f"{name}: is shared with {others}; untie them first"] if others else []
 
@@ -418,11 +441,15 @@ def _bytes(weight: Tensor) -> tuple[str, tuple[int, ...], bytes]:
     return name, tuple(raw.shape), raw.view(torch.uint8).numpy().tobytes()
 
 
-def _parameter(array: Array, weight: Tensor) -> nn.Parameter:
-    """Return `array` as a parameter on the device of `weight`, in the wider dtype of the two."""
+def _parameter(array: Array, fresh: Tensor) -> nn.Parameter:
+    """Return `array` as a parameter on the device of `fresh`, in the wider dtype of the two."""
     value = torch.from_numpy(widened(array))
-    dtype = torch.promote_types(value.dtype, weight.dtype)
-    return nn.Parameter(value.to(weight.device, dtype, copy=True))
+    dtype = torch.promote_types(value.dtype, fresh.dtype)
+    return nn.Parameter(value.to(fresh.device, dtype, copy=True))
+
+
+def _arrays(layer: LoraLayer) -> dict[str, Any]:
+    return {FACTORS[name]: _array(factor) for name, factor in layer.factors().items()}
 
 
 def _array(tensor: Tensor) -> Array:

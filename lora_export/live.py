@@ -20,8 +20,8 @@ def merge(model: nn.Module, *, in_place: bool = False) -> nn.Module:
         in_place: Change `model` itself; otherwise it is copied first and left alone.
 
     Raises:
-        InputError: the model has no LoRA layers, or a merged weight is not finite; the model is
-            then left as it was.
+        InputError: the model has no LoRA layers, or its base is held in 4 bits, or a merged
+            weight is not finite; the model is then left as it was.
     """
     layers = lora_layers(model)
     if not layers and not any(recomputed.updates(model)):

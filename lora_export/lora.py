@@ -1,7 +1,9 @@
 """Linear layers with a low-rank update: `LoraLinear`, and `LoraConv1D` for GPT-2's `Conv1D`.
 
+`LoraLinear4bit` trains over a base that bitsandbytes holds in 4 bits (arXiv:2305.14314).
+
 A layer owns both sides of its equation: `forward`, and the merged weight that replaces it.
-No PEFT. Source of the method: arXiv:2106.09685.
+No PEFT. Sources of the methods: arXiv:2106.09685, and arXiv:2402.09353 for DoRA.
 """
 
 import abc
@@ -18,6 +20,8 @@ from lora_export.errors import InputError
 from lora_export.torch_rounding import round_once
 
 M = TypeVar("M", bound=nn.Module)
+# What a layer trains, by its name there: the field of `records.Factors` that holds it.
+FACTORS = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude"}
 
 
 class LoraLayer(nn.Module, abc.ABC):
@@ -28,12 +32,15 @@ class LoraLayer(nn.Module, abc.ABC):
             therefore still fits the model after injection.
         lora_A: (rank, in), Kaiming-uniform (a=sqrt(5)) or normal with deviation 1 / rank.
         lora_B: (out, rank), zero at the start, so that a fresh layer computes what its base does.
+        lora_magnitude_vector: (out,), the lengths of the weight's rows at the start; None but in
+            DoRA.
 
     A fresh pair has the base's dtype. An attached adapter keeps its own where that is wider.
     """
 
     weight: Tensor
     bias: Tensor | None
+    lora_magnitude_vector: nn.Parameter | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, config: LoraConfig) -> None:
         super().__init__()
@@ -45,14 +52,28 @@ class LoraLayer(nn.Module, abc.ABC):
         self.register_parameter("weight", weight)  # type: ignore[arg-type]
         self.register_parameter("bias", bias)  # type: ignore[arg-type]
         self.requires_grad_(False)
-        out_features, in_features = self._transpose(weight).shape
-        self.in_features, self.out_features = int(in_features), int(out_features)
-        self.lora_A = nn.Parameter(weight.new_empty(self.rank, self.in_features))
-        self.lora_B = nn.Parameter(weight.new_zeros(self.out_features, self.rank))
+        matrix = self._matrix().detach()
+        self.out_features, self.in_features = map(int, matrix.shape)
+        self.lora_A = nn.Parameter(matrix.new_empty(self.rank, self.in_features))
+        self.lora_B = nn.Parameter(matrix.new_zeros(self.out_features, self.rank))
         if config.init == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.rank)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        start = variants.magnitude(config.variant, matrix)
+        vector = None if start is None else nn.Parameter(start)
+        self.register_parameter("lora_magnitude_vector", vector)
+        have_called(self)
+
+    @classmethod
+    def over(cls, module: nn.Module, config: LoraConfig) -> Self:
+        """Return a layer over `module`, whose weight and bias are shared and frozen.
+
+        Rank, alpha, dropout and variant are those of `config`.
+        """
+        layer = cls.__new__(cls)
+        LoraLayer.__init__(layer, module.weight, module.bias, config)  # type: ignore[arg-type]
+        return layer.train(module.training)
 
     @abc.abstractmethod
     def _transpose(self, matrix: Tensor) -> Tensor:
@@ -62,14 +83,51 @@ class LoraLayer(nn.Module, abc.ABC):
     def plain(self) -> nn.Module:
         """Return a layer of the base's class that holds the present weight and bias, uncopied."""
 
+    def base_weight(self) -> Tensor:
+        """Return the base's weight, in its own layout, as it was trained.
+
+        Raises:
+            InputError: the layer holds less than that: a quantised weight.
+        """
+        return self.weight.detach()
+
+    def _matrix(self) -> Tensor:
+        """Return what the layer holds of the base's weight, as (out, in)."""
+        return self._transpose(self.weight)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return W x + bias."""
+        return functional.linear(x, self._matrix(), bias)
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """Return what is trained, by name: the keys of `FACTORS` that this layer has."""
+        return {n: p for n in FACTORS if (p := getattr(self, n)) is not None}
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return W x + b + scale * B(A(dropout(x))): (..., in) to (..., out)."""
-        result = functional.linear(x, self._transpose(self.weight), self.bias)
+        """Return gain * (W x + scale * B(A(dropout(x)))) + b: (..., in) to (..., out).
+
+        gain is 1 but in DoRA, where it is m / ||W + scale * B A||. No gradient goes back through
+        that norm (section 4.3 of the paper), so the sum of matrices is no part of the graph.
+        """
         if self.is_merged or not self.active:
-            return result
+            return self._linear(x, self.bias)
         inner = functional.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)
         update = functional.linear(inner, self.lora_B) * self.scale
-        return result + update.to(result.dtype)
+        if self.lora_magnitude_vector is None:
+            result = self._linear(x, self.bias)
+            return result + update.to(result.dtype)
+        result = self._linear(x, None)
+        scaled = (result + update) * self._gain()
+        return (scaled if self.bias is None else scaled + self.bias).to(result.dtype)
+
+    def _gain(self) -> Tensor:
+        """Return the factor of each row, (out,), in float32 or wider whatever autocast says."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        weight, a, b = (t.detach().to(wide) for t in (self._matrix(), self.lora_A, self.lora_B))
+        with torch.autocast(weight.device.type, enabled=False):
+            direction = torch.addmm(weight, b, a, alpha=self.scale)
+        found: Tensor = variants.gain(self.variant, direction, self.lora_magnitude_vector)
+        return found
 
     @property
     def is_merged(self) -> bool:
@@ -81,13 +139,16 @@ class LoraLayer(nn.Module, abc.ABC):
         """Return the merged weight in the base's layout and dtype: float64, then rounded once.
 
         Raises:
-            InputError: a value is not finite.
+            InputError: a value is not finite, or the base is quantised.
         """
         if self.is_merged:
             return self.weight.detach()
         delta = self.scale * (self.lora_B.double() @ self.lora_A.double())
-        exact = variants.merged(self.variant, self._transpose(self.weight).double(), delta)
-        return self._transpose(round_once(exact, self.weight.dtype)).contiguous()
+        learned = self.lora_magnitude_vector
+        magnitude = None if learned is None else learned.double()
+        base = self.base_weight()
+        exact = variants.merged(self.variant, self._transpose(base).double(), delta, magnitude)
+        return self._transpose(round_once(exact, base.dtype)).contiguous()
 
     def merge(self) -> None:
         """Put the merged weight in place; the base's bits are kept for `unmerge`."""
@@ -156,13 +217,6 @@ class LoraLinear(LoraLayer):
         config = LoraConfig(rank, alpha, dropout, variant=variant, init=init)
         return cls.over(linear, config)
 
-    @classmethod
-    def over(cls, linear: nn.Linear, config: LoraConfig) -> Self:
-        """Return a layer over `linear` with the rank, alpha, dropout and variant of `config`."""
-        layer = cls.__new__(cls)
-        LoraLayer.__init__(layer, linear.weight, linear.bias, config)
-        return layer.train(linear.training)
-
     def _transpose(self, matrix: Tensor) -> Tensor:
         return matrix
 
@@ -174,13 +228,6 @@ class LoraLinear(LoraLayer):
 
 class LoraConv1D(LoraLayer):
     """`transformers.pytorch_utils.Conv1D` (weight (in, out), as in GPT-2) with the same update."""
-
-    @classmethod
-    def over(cls, conv: nn.Module, config: LoraConfig) -> Self:
-        """Return a layer over `conv`, whose weight and bias are shared and frozen."""
-        layer = cls.__new__(cls)
-        LoraLayer.__init__(layer, conv.weight, conv.bias, config)  # type: ignore[arg-type]
-        return layer.train(conv.training)
 
     def _transpose(self, matrix: Tensor) -> Tensor:
         return matrix.T
@@ -194,24 +241,88 @@ class LoraConv1D(LoraLayer):
         return _filled(conv, self)
 
 
+class LoraLinear4bit(LoraLayer):
+    """`bitsandbytes.nn.Linear4bit` with the same update; the base stays packed in 4 bits.
+
+    A fresh pair has the dtype that was quantised. Such a layer is trained and not merged.
+    """
+
+    weight: Any  # with the `quant_state` of bitsandbytes
+    _packed: tuple[Any]  # the base itself; in a tuple, so that it is no part of the layer
+
+    @classmethod
+    def over(cls, module: nn.Module, config: LoraConfig) -> Self:
+        """Return a layer over `module`, whose packed weight and bias are shared and frozen."""
+        module.state_dict()  # undoes how bitsandbytes packs it anew to evaluate on some processors
+        layer = super().over(module, config)
+        layer._packed = (module,)
+        return layer
+
+    def base_weight(self) -> Tensor:
+        """Raise `InputError`: what was trained is not here."""
+        raise InputError(
+            "the base is held in 4 bits, which an adapter is neither merged into nor described by; "
+            "take the adapter by extract, attach it to the base in full precision, and go on there"
+        )
+
+    def _transpose(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def _matrix(self) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit  # loaded already: the base is its
+
+        found: Tensor = dequantize_4bit(self.weight.detach(), self.weight.quant_state)
+        return found
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        from bitsandbytes import matmul_4bit
+
+        wide = x.to(self._packed[0].compute_dtype or x.dtype)
+        shift = None if bias is None else bias.to(wide.dtype)
+        found: Tensor = matmul_4bit(wide, self.weight, self.weight.quant_state, bias=shift)
+        return found.to(x.dtype)
+
+    def plain(self) -> nn.Module:
+        """Return the base itself, with the present weight and bias."""
+        plain: nn.Module = self._packed[0]
+        return _filled(plain, self)
+
+
 def _filled(plain: M, layer: LoraLayer) -> M:
     plain.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
     plain.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
     return plain.train(layer.training)
 
 
-def layer_class(module: nn.Module) -> type[LoraLinear] | type[LoraConv1D] | None:
+def have_called(module: nn.Module) -> None:
+    """Keep `torch.nn.TransformerEncoderLayer` from reading the weight of `module` uncalled.
+
+    In eval mode it computes with nothing but the weights of its layers, unless one has a hook.
+    """
+    module.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    """Change nothing: that there is a hook is all that counts."""
+
+
+# The class that adapts a module of the class with this name, which need not be installed.
+_LAYERS: dict[str, type[LoraLayer]] = {
+    "torch.nn.modules.linear.Linear": LoraLinear,
+    "transformers.pytorch_utils.Conv1D": LoraConv1D,
+    "bitsandbytes.nn.modules.Linear4bit": LoraLinear4bit,
+}
+
+
+def layer_class(module: nn.Module) -> type[LoraLayer] | None:
     """Return the class that adapts `module`, or None where it is no plain linear map.
 
-    Subclasses of `nn.Linear` are left alone: their owners (`nn.MultiheadAttention`, quantisers)
-    read the weight without calling the layer, and an update there would be skipped silently.
+    Other subclasses of `nn.Linear` are left alone: their owners (`nn.MultiheadAttention`,
+    quantisers) read the weight without calling the layer, and an update there would be skipped
+    silently.
     """
     kind = type(module)
-    if kind is nn.Linear:
-        return LoraLinear
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return LoraConv1D
-    return None
+    return _LAYERS.get(f"{kind.__module__}.{kind.__name__}")
 
 
 def shape_of(module: nn.Module | None) -> tuple[int, int] | None:
@@ -221,5 +332,7 @@ def shape_of(module: nn.Module | None) -> tuple[int, int] | None:
     kind = layer_class(module) if module is not None else None
     if module is None or kind is None:
         return None
-    rows, columns = module.get_parameter("weight").shape
-    return (rows, columns) if kind is LoraLinear else (columns, rows)
+    if kind is LoraConv1D:
+        columns, rows = module.get_parameter("weight").shape
+        return rows, columns
+    return module.out_features, module.in_features  # type: ignore[return-value]

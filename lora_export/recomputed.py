@@ -16,6 +16,7 @@ from torch.func import functional_call
 from lora_export import variants
 from lora_export.architecture import first_in
 from lora_export.errors import AdapterMismatch
+from lora_export.lora import have_called
 from lora_export.records import CONV, EMBEDDING, EXPERTS, LINEAR, Adapter, Array, Factors, widened
 from lora_export.refusals import refused
 from lora_export.torch_rounding import round_once
@@ -128,6 +129,7 @@ class Recomputed(nn.Module):
         self.base = base
         self.updates = nn.ModuleDict(updates)
         self.train(base.training)
+        have_called(self)
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """Return what the base answers with the updated parameters."""

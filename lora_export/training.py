@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import random
 import shlex
 import sys
@@ -25,6 +26,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from lora_export import environment, publishing, storage
@@ -35,12 +37,16 @@ from lora_export.records import Array, Measurement
 
 try:
     import accelerate
+    from accelerate.state import AcceleratorState
     from accelerate.utils import broadcast_object_list, gather_object
 except ImportError as error:
     raise InputError("training needs accelerate; install lora-export[recipes]") from error
 
+_TOLD_EVERY = 20  # steps
 IGNORED = -100  # a label that nothing is learned from
-CHECKPOINT = "checkpoint"
+CHECKPOINT = "checkpoint"  # in the folder of a run, like the next two
+BEST = "best.safetensors"
+PROGRESS = "progress.json"
 Example = tuple[list[int], int | list[int]]  # token ids; the class, or one label for each token
 Evaluate = Callable[[nn.Module], Sequence[Measurement]]
 
@@ -192,6 +198,27 @@ def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+# ---------------------------------------------------------------- processes
+
+
+def processes() -> Any:
+    """Return Accelerate's account of the processes: `num_processes`, `is_main_process`, ...
+
+    Raises:
+        InputError: several were started that do not know of each other.
+    """
+    state = accelerate.PartialState()
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    # Accelerate goes on alone where the launcher's configuration names what the machine lacks:
+    # every process would train by itself, and all would write the same files.
+    if started != state.num_processes:
+        raise InputError(
+            f"{started} processes were started and Accelerate takes this one to be alone; "
+            "the configuration does not fit the machine (without a GPU: accelerate launch --cpu)"
+        )
+    return state
+
+
 # ---------------------------------------------------------------- answers, shared among processes
 
 
@@ -228,17 +255,22 @@ def _answers(
     answer: Callable[[Tensor, Tensor], list[Any]],
 ) -> list[Any]:
     """Return `answer` of every example; each process computes a share and gets all."""
-    state = accelerate.PartialState()
+    state = processes()
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda index: len(examples[index][0]))
     cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     was_training = model.training
     model.eval()
     found: list[tuple[int, Any]] = []
-    for indices in cut[state.process_index :: state.num_processes]:
+    for start in range(0, len(cut), state.num_processes):
+        # Wrapped models talk to each other in every call, so that all have to call equally often.
+        turn = start + state.process_index
+        indices = cut[min(turn, len(cut) - 1)]
         inputs, labels = collate([examples[index] for index in indices], pad)
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        found += zip(indices, answer(model(**inputs).logits, labels.to(device)), strict=True)
+        answers = answer(model(**inputs).logits, labels.to(device))
+        if turn < len(cut):
+            found += zip(indices, answers, strict=True)
     model.train(was_training)
     return [value for _, value in sorted(gather_object(found), key=lambda pair: pair[0])]
 
@@ -265,126 +297,183 @@ def fit(
         settings: How.
         pad: The id that inputs are padded with.
         evaluate: Called by all processes at the same steps.
-        folder: Holds the checkpoint, and `progress.json` for who follows from outside.
+        folder: Holds the checkpoint, and `progress.json` for who follows from outside. Processes
+            on several machines share it.
         identity: What else decides the result; a checkpoint of another is refused.
         resume: Go on from the checkpoint: to the same bits, on one process.
 
     Raises:
-        InputError: there is nothing to resume, or it is of another training; no labels; the loss
-            is no longer finite.
+        InputError: there is nothing to resume, or it is of another training; there are no labels;
+            the loss is no longer finite; the processes do not know of each other.
     """
-    checkpoint, best = folder / CHECKPOINT, folder / "best.safetensors"
-    settled = {**asdict(settings), **identity}
-    if resume:
-        _check_same(checkpoint, settled)
-    if not label_count(examples):
-        raise InputError("there is nothing to learn from: no example has a label")
+    loop = _Loop(model, examples, settings, pad, folder, {**asdict(settings), **identity}, resume)
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(settings.matmul_precision)
-    accelerator = accelerate.Accelerator(
-        mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate
-    )
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.lr)
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
-    total = settings.max_steps or per_epoch * settings.epochs
-    rising = max(1, int(settings.warmup * total))
-    # Not given to `prepare`, which would let it advance once for each process.
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rising, (total - step) / max(1, total - rising))
-    )
-    history = History()
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(history, schedule)
-    accelerator.register_save_state_pre_hook(_drop_frozen)
-    torch.manual_seed(settings.seed + 7919 * accelerator.process_index)  # dropout
-    if resume:
-        accelerator.load_state(str(checkpoint), strict=False)
-    parts = accelerator.num_processes * settings.accumulate
-    own = range(accelerator.process_index, parts, accelerator.num_processes)
-    started = time.monotonic() - history.seconds
-    plan: list[list[Example]] = []
-    with _bar(accelerator.is_main_process) as bar:
-        task = bar.add_task("training", total=total, completed=history.step)
-        wrapped.train()
-        while history.step < total and not _is_over(history, settings):
-            epoch, index = divmod(history.step, per_epoch)
+    try:
+        with loop.bar:
+            loop.run(evaluate)
+    finally:
+        torch.set_float32_matmul_precision(before)
+        # Or a later training in this process could not have another mixed precision.
+        AcceleratorState._reset_state()
+    return loop.history
+
+
+class _Loop:
+    """A training that is going on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[Example],
+        settings: Settings,
+        pad: int,
+        folder: Path,
+        settled: Mapping[str, Any],
+        resume: bool,
+    ) -> None:
+        self.model, self.examples, self.settings, self.pad = model, examples, settings, pad
+        self.folder, self.settled = folder, settled
+        if resume:
+            _check_same(folder / CHECKPOINT, settled)
+        if not label_count(examples):
+            raise InputError("there is nothing to learn from: no example has a label")
+        processes()
+        self.per_epoch = math.ceil(len(examples) / settings.batch_size)
+        self.total = settings.max_steps or self.per_epoch * settings.epochs
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.accelerator = accelerate.Accelerator(
+            mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate
+        )
+        optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.lr)
+        # Not given to `prepare`, which would let it advance once for each process.
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_lr)
+        self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.history = History()
+        self.accelerator.register_for_checkpointing(self.history, self.schedule)
+        self.accelerator.register_save_state_pre_hook(_drop_frozen)
+        torch.manual_seed(settings.seed + 7919 * self.accelerator.process_index)  # for dropout
+        if resume:
+            self._restore(folder / CHECKPOINT)
+        self.started = time.monotonic() - self.history.seconds
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            disable=not self.accelerator.is_main_process,
+        )
+
+    def _restore(self, checkpoint: Path) -> None:
+        # Where Accelerate cannot read the state of the random numbers it goes on without a word.
+        torch.manual_seed(self.settings.seed - 1)
+        strange = torch.get_rng_state()
+        self.accelerator.load_state(str(checkpoint), strict=False)
+        if torch.equal(torch.get_rng_state(), strange):
+            raise InputError(f"{checkpoint} has lost the state of the random numbers; start anew")
+
+    def _share_of_lr(self, step: int) -> float:
+        """Return the learning rate of a step as a share of its peak: up and down, linearly."""
+        rising = max(1, int(self.settings.warmup * self.total))
+        return min((step + 1) / rising, (self.total - step) / max(1, self.total - rising))
+
+    def run(self, evaluate: Evaluate) -> None:
+        """Take all steps; keep a checkpoint after each evaluation."""
+        settings, history = self.settings, self.history
+        task = self.bar.add_task("training", total=self.total, completed=history.step)
+        plan: list[list[Example]] = []
+        self.wrapped.train()
+        while history.step < self.total and not (0 < settings.patience <= history.stale):
+            epoch, index = divmod(history.step, self.per_epoch)
             if not plan or index == 0:
-                plan = batches(examples, settings.batch_size, settings.seed + epoch)
-            began = time.monotonic()
-            loss = _step(
-                accelerator, wrapped, optimizer, plan[index], parts, own, pad, settings.clip
-            )
-            if not accelerator.optimizer_step_was_skipped:
-                schedule.step()
-            history.step += 1
-            history.losses.append(loss)
-            history.step_seconds.append(time.monotonic() - began)
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss is {loss} at step {history.step}; lower --lr or raise --warmup"
-                )
+                plan = batches(self.examples, settings.batch_size, settings.seed + epoch)
+            self.step(plan[index])
             recent = sum(history.losses[-50:]) / len(history.losses[-50:])
-            bar.update(task, advance=1, description=f"loss {recent:.3f}")
-            if history.step % settings.evaluate_every and history.step != total:
-                continue
-            found = list(evaluate(wrapped))
-            wrapped.train()
-            history.evaluations.append((history.step, found))
-            history.seconds = time.monotonic() - started
-            history.optimizer_bytes = _bytes_of(optimizer)
-            if settings.patience:
-                _compare_with_best(accelerator, model, history, settings, best)
-            _keep(accelerator, checkpoint, settled)
-            if accelerator.is_main_process:
-                shown = "  ".join(f"{one.name} {one.value:.4f}" for one in found)
-                bar.print(
-                    f"step {history.step}/{total}  loss {recent:.4f}  {shown}  "
-                    f"{history.seconds:.0f} s"
-                )
-                storage.write_json(
-                    folder / "progress.json",
-                    {"step": history.step, "total": total, "seconds": history.seconds},
-                )
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    if settings.patience and history.best is not None:
-        load_trained(model, best)
-    return history
+            self.bar.update(task, advance=1, description=f"loss {recent:.3f}")
+            if self.accelerator.is_main_process and history.step % _TOLD_EVERY == 0:
+                self.tell(recent)
+            if history.step % settings.evaluate_every == 0 or history.step == self.total:
+                self.evaluate(evaluate, recent)
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        _make_whole(self.model)
+        if settings.patience and history.best is not None:
+            load_trained(self.model, self.folder / BEST)
 
+    def step(self, batch: Sequence[Example]) -> None:
+        """Take one step on a global batch."""
+        began, accelerator = time.monotonic(), self.accelerator
+        labels_in_all = label_count(batch)
+        if not labels_in_all:
+            raise InputError("a batch has no label to learn from; leave such examples out")
+        parts = accelerator.num_processes * self.settings.accumulate
+        total = torch.zeros((), device=accelerator.device)
+        for part in range(accelerator.process_index, parts, accelerator.num_processes):
+            with accelerator.accumulate(self.wrapped):
+                # Every process takes part in every step: one that is left without examples takes
+                # the first, for nothing.
+                share = batch[part::parts] or batch[:1]
+                inputs, labels = collate(share, self.pad)
+                inputs = {name: value.to(accelerator.device) for name, value in inputs.items()}
+                logits = self.wrapped(**inputs).logits
+                loss = loss_sum(logits, labels.to(accelerator.device)) * (part < len(batch))
+                # Undone by the mean over processes, and by Accelerate's over micro-batches.
+                accelerator.backward(loss * (parts / labels_in_all))
+                total += loss.detach()
+                if accelerator.sync_gradients:
+                    trained = [p for p in self.wrapped.parameters() if p.requires_grad]
+                    accelerator.clip_grad_norm_(trained, self.settings.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+        mean = float(accelerator.reduce(total, "sum")) / labels_in_all
+        self.history.step += 1
+        self.history.losses.append(mean)
+        self.history.step_seconds.append(time.monotonic() - began)
+        if not math.isfinite(mean):
+            raise InputError(
+                f"the loss is {mean} at step {self.history.step}; lower --lr or raise --warmup"
+            )
 
-def _step(
-    accelerator: Any,
-    model: nn.Module,
-    optimizer: Any,
-    batch: Sequence[Example],
-    parts: int,
-    own: range,
-    pad: int,
-    clip: float,
-) -> float:
-    """Take one step; return the mean loss of the whole batch."""
-    labels_in_all = label_count(batch)
-    if not labels_in_all:
-        raise InputError("a batch has no label to learn from; leave such examples out")
-    total = torch.zeros((), device=accelerator.device)
-    for part in own:
-        with accelerator.accumulate(model):
-            # A part without examples takes one along for nothing: all processes have to take part.
-            share = batch[part::parts] or batch[:1]
-            inputs, labels = collate(share, pad)
-            inputs = {name: value.to(accelerator.device) for name, value in inputs.items()}
-            loss = loss_sum(model(**inputs).logits, labels.to(accelerator.device))
-            loss = loss * (1.0 if part < len(batch) else 0.0)
-            # Undone by the mean over processes, and by Accelerate's over micro-batches.
-            accelerator.backward(loss * (parts / labels_in_all))
-            total += loss.detach()
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(
-                    [p for p in model.parameters() if p.requires_grad], clip
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-    return float(accelerator.reduce(total, "sum")) / labels_in_all
+    def evaluate(self, evaluate: Evaluate, recent: float) -> None:
+        """Measure, compare with the best so far, keep a checkpoint, and say so."""
+        history = self.history
+        found = list(evaluate(self.wrapped))
+        self.wrapped.train()
+        history.evaluations.append((history.step, found))
+        history.seconds = time.monotonic() - self.started
+        history.optimizer_bytes = _bytes_of(self.optimizer)
+        if self.settings.patience:
+            self.compare_with_best(found)
+        _keep(self.accelerator, self.folder / CHECKPOINT, self.settled)
+        if self.accelerator.is_main_process:
+            shown = "  ".join(f"{one.name} {one.value:.4f}" for one in found)
+            where = f"step {history.step}/{self.total}  loss {recent:.4f}"
+            self.bar.print(f"{where}  {shown}  {history.seconds:.0f} s", soft_wrap=True)
+
+    def compare_with_best(self, found: Sequence[Measurement]) -> None:
+        """Keep what is trained where the monitored measurement is the best so far."""
+        history, monitor = self.history, self.settings.monitor
+        value = next((one.value for one in found if one.name == monitor), None)
+        if value is None:
+            names = ", ".join(one.name for one in found)
+            raise InputError(f"--monitor is {monitor!r}; the evaluation gives {names}")
+        is_loss = monitor in ("loss", "perplexity")
+        if history.best is None or (value < history.best if is_loss else value > history.best):
+            history.best, history.stale = value, 0
+            if self.accelerator.is_main_process:
+                with publishing.staged(self.folder / BEST, overwrite=True) as place:
+                    save_file(trained(self.model), place)
+            self.accelerator.wait_for_everyone()
+        else:
+            history.stale += 1
+
+    def tell(self, loss: float) -> None:
+        """Tell who follows from outside how far the training is."""
+        seconds = time.monotonic() - self.started
+        told = {"step": self.history.step, "total": self.total, "loss": loss, "seconds": seconds}
+        storage.write_json(self.folder / PROGRESS, told)
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -399,6 +488,15 @@ def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def _make_whole(model: nn.Module) -> None:
+    """Put whole parameters in place of those that are sharded over the processes."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                whole = nn.Parameter(parameter.full_tensor(), parameter.requires_grad)
+                module.register_parameter(name, whole)
+
+
 def _bytes_of(optimizer: Any) -> int:
     return sum(
         value.numel() * value.element_size()
@@ -406,29 +504,6 @@ def _bytes_of(optimizer: Any) -> int:
         for value in state.values()
         if isinstance(value, Tensor)
     )
-
-
-def _is_over(history: History, settings: Settings) -> bool:
-    return bool(settings.patience) and history.stale >= settings.patience
-
-
-def _compare_with_best(
-    accelerator: Any, model: nn.Module, history: History, settings: Settings, best: Path
-) -> None:
-    _, found = history.evaluations[-1]
-    value = next((one.value for one in found if one.name == settings.monitor), None)
-    if value is None:
-        names = ", ".join(one.name for one in found)
-        raise InputError(f"--monitor is {settings.monitor!r}; the evaluation gives {names}")
-    falls = settings.monitor in ("loss", "perplexity")
-    if history.best is None or (value < history.best if falls else value > history.best):
-        history.best, history.stale = value, 0
-        if accelerator.is_main_process:
-            with publishing.staged(best, overwrite=True) as place:
-                save_file(trained(model), place)
-        accelerator.wait_for_everyone()
-    else:
-        history.stale += 1
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -470,22 +545,12 @@ def _keep(accelerator: Any, checkpoint: Path, settled: Mapping[str, Any]) -> Non
     accelerator.wait_for_everyone()
 
 
-def _bar(is_shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        disable=not is_shown,
-    )
-
-
 # ---------------------------------------------------------------- what a run leaves
 
 
 def is_main_process() -> bool:
     """Return whether this is the process that prints and writes."""
-    return bool(accelerate.PartialState().is_main_process)
+    return bool(processes().is_main_process)
 
 
 def resources(model: nn.Module, history: History, saved: Path) -> tuple[Measurement, ...]:
@@ -522,7 +587,7 @@ def about(recipe: str, method: str, settings: Settings, **identity: Any) -> dict
         "seed": settings.seed,
         "settings": asdict(settings),
         **identity,
-        "processes": accelerate.PartialState().num_processes,
+        "processes": processes().num_processes,
         "machine": environment.describe(torch.get_num_threads()),
     }
 
@@ -549,6 +614,6 @@ def write(
         place.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     with publishing.staged(folder / "run.json", overwrite=True) as place:
         storage.write_json(place, description)
-    for left in (CHECKPOINT, "best.safetensors", "progress.json"):
+    for left in (CHECKPOINT, BEST, PROGRESS):
         if (folder / left).exists():
             publishing.remove(folder / left)

@@ -159,6 +159,10 @@ def answer_of(model: nn.Module) -> Tensor:
     return result
 
 
+POSITIVE = ["a great film", "the best cast", "i love it", "warm and charming", "very funny music"]
+NEGATIVE = ["a bad film", "the worst cast", "i hate it", "dull and boring", "very silly music"]
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., nn.Module]:
     """`tiny(family, seed=0)`: a fresh small model with weights that matter."""
@@ -271,3 +275,14 @@ def call(
         return int(str(ended.value.code)), printed.out, printed.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.tsv (60 sentences) and dev.tsv (10), positive and negative."""
+    folder = tmp_path_factory.mktemp("sentences")
+    rows = [(text, 1) for text in POSITIVE] + [(text, 0) for text in NEGATIVE]
+    lines = "".join(f"{text} \t{label}\n" for text, label in rows)
+    for name, times in (("train", 6), ("dev", 1)):
+        (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + lines * times)
+    return folder

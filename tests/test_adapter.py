@@ -37,7 +37,7 @@ def _trained(tiny, fill, family="bert", seed=0, **settings):
     return fill(model, seed)
 
 
-@pytest.mark.parametrize("variant", ["lora", "rslora"])
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "rslora+dora"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_a_reloaded_adapter_gives_the_same_logits_bit_for_bit(
     tiny, fill, logits, tmp_path, family, variant

@@ -240,12 +240,14 @@ def test_a_model_without_linear_modules_says_none():
 # ---------------------------------------------------------------- variants
 
 
-@pytest.mark.parametrize("variant", TRAINABLE)
+@pytest.mark.parametrize("variant", [*TRAINABLE, "lora+dora", "rslora+dora"])
 def test_a_variant_with_a_layer_of_its_own_can_be_trained(variant):
     assert LoraConfig(variant=variant).variant == variant
 
 
-@pytest.mark.parametrize("variant", [*sorted(set(variants.names()) - {*TRAINABLE}), "lora+dora"])
+@pytest.mark.parametrize(
+    "variant", [*sorted(set(variants.names()) - {*TRAINABLE}), "lora+kasa", ""]
+)
 def test_a_variant_that_is_merged_only_cannot_be_trained(variant):
     with pytest.raises(InputError, match=f"expected one of {', '.join(TRAINABLE)}"):
         LoraConfig(variant=variant)

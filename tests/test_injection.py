@@ -4,9 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from on_disk import numbers
 from torch import nn
 
-from lora_export import AdapterMismatch, LoraConfig, LoraConv1D, LoraLinear, heads, inject
+from lora_export import AdapterMismatch, LoraConfig, LoraConv1D, LoraLinear, heads, inject, merge
 from lora_export.errors import InputError
 from lora_export.injection import (
     attach,
@@ -238,19 +239,131 @@ def test_the_output_projection_of_torchs_attention_is_left_alone():
     assert inject(model, LoraConfig()) == ("fc",)
 
 
-def test_members_of_torchs_encoder_layer_are_refused():
-    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
-    with pytest.raises(
-        InputError, match=r"linear1: in eval mode TransformerEncoderLayer .*skipped silently"
-    ):
+def encoder(**fields):
+    """Return torch's own encoder, and rows of which two are padded."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, **fields)
+    nested = not fields.get("norm_first")
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 2 + [True] * 3])
+    model = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8), enable_nested_tensor=nested)
+    return model.eval(), torch.randn(3, 5, 8), padded
+
+
+def adapted_encoder(**fields):
+    model, rows, padded = encoder(**fields)
+    paths = inject(model, LoraConfig(rank=2))
+    assert paths == tuple(f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2))
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    return model, rows, padded
+
+
+@torch.no_grad()
+def states(model, rows, padded, *, fast=True):
+    """Return what `model` makes of the places that hold a token."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        return model(rows, src_key_padding_mask=padded)[~padded]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.fixture
+def fast_calls(monkeypatch):
+    """Count how often torch computes an encoder layer from the weights of its layers alone."""
+    real, calls = torch._transformer_encoder_layer_fwd, []
+    monkeypatch.setattr(
+        torch, "_transformer_encoder_layer_fwd", lambda *a: calls.append(1) or real(*a)
+    )
+    return calls
+
+
+TORCHS_ENCODERS = [{}, {"norm_first": True}, {"activation": "gelu"}]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("fields", TORCHS_ENCODERS, ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_torchs_encoder_computes_with_the_update_in_either_mode(fields, training, fast_calls):
+    model, rows, padded = adapted_encoder(**fields)
+    truth = states(model, rows, padded, fast=False)
+    found = states(model.train(training), rows, padded)
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)
+    merged = states(merge(model), rows, padded)
+    torch.testing.assert_close(merged, truth, rtol=1e-5, atol=1e-5)
+    assert len(fast_calls) == (0 if training else 2)  # the merged model alone takes the fast path
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_without_its_hook_a_layer_of_torchs_encoder_is_skipped_in_eval_mode(fast_calls):
+    model, rows, padded = adapted_encoder()
+    for layer in lora_layers(model).values():
+        layer._forward_pre_hooks.clear()
+    truth = states(model, rows, padded, fast=False)
+    assert (states(model, rows, padded) - truth).abs().max() > 0.1
+    assert len(fast_calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torchs_encoder_is_fast_again_without_the_adapter(fast_calls):
+    model, rows, padded = encoder()
+    before = states(model, rows, padded)
+    inject(model, LoraConfig(rank=2))
+    detach(model)
+    assert torch.equal(states(model, rows, padded), before)
+    assert len(fast_calls) == 4
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_layer_put_into_torchs_encoder_by_hand_is_called(fast_calls):
+    model, rows, padded = encoder()
+    for layer in model.layers:
+        layer.linear1 = LoraLinear.from_linear(layer.linear1, rank=2)
+        nn.init.normal_(layer.linear1.lora_B)
+    truth = states(model, rows, padded, fast=False)
+    for copied in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(states(copied, rows, padded), truth, rtol=1e-5, atol=1e-5)
+    assert fast_calls == []
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_update_without_a_layer_is_computed_in_torchs_encoder_too(fast_calls):
+    model, rows, padded = encoder()
+    pair = Factors(numbers(2, 8), numbers(16, 2), 2.0, 1.0, magnitude=1 + abs(numbers(16)))
+    attach(model, Adapter({"layers.0.linear1": pair}, {}, "dora"))
+    truth = states(model, rows, padded, fast=False)
+    torch.testing.assert_close(states(model, rows, padded), truth, rtol=1e-5, atol=1e-5)
+    assert len(fast_calls) == 1  # the other layer
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torchs_encoder_does_not_run_nested_with_gradients_in_eval_mode():
+    """Torch itself stops: a nested batch does not reach an attention that needs gradients."""
+    model, rows, padded = adapted_encoder()
+    with pytest.raises(AssertionError, match="does not support NestedTensor outside"):
+        model(rows, src_key_padding_mask=padded)
+
+
+@pytest.mark.parametrize("target", ["out_proj", "in_proj_weight"])
+def test_the_weights_of_torchs_attention_are_refused_by_name(target):
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn: .*without calling a layer"):
+        inject(encoder()[0], LoraConfig(targets=(target,)))
+
+
+def test_a_linear_layer_in_torchs_attention_is_refused():
+    model = encoder()[0]
+    model.layers[0].self_attn.out_proj = nn.Linear(8, 8)
+    with pytest.raises(InputError, match=r"self_attn\.out_proj: .*without calling a layer"):
         inject(model, LoraConfig())
 
 
-def test_an_adapter_for_torchs_encoder_layer_is_not_attached():
-    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
-    pair = Factors(np.ones((1, 4), np.float32), np.ones((8, 1), np.float32), 1.0, 1.0)
-    with pytest.raises((AdapterMismatch, InputError), match="linear1"):
-        attach(model, Adapter({"linear1": pair}, {}, "lora"))
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_an_adapter_for_torchs_attention_is_not_attached(variant):
+    magnitude = 1 + abs(numbers(8)) if variant == "dora" else None
+    pair = Factors(numbers(2, 8), numbers(8, 2), 2.0, 1.0, magnitude=magnitude)
+    with pytest.raises(AdapterMismatch, match=r"layers\.0\.self_attn\.out_proj"):
+        attach(encoder()[0], Adapter({"layers.0.self_attn.out_proj": pair}, {}, variant))
 
 
 def test_an_adapter_for_a_tied_output_layer_is_not_attached(tiny):
@@ -300,6 +413,26 @@ def test_the_state_dict_of_the_base_fits_the_injected_model(tiny, family):
     result = model.load_state_dict(base.state_dict(), strict=False)
     assert result.unexpected_keys == []
     assert all("lora_" in name for name in result.missing_keys)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_magnitude_is_a_factor_like_the_others(tiny, fill, family):
+    model = tiny(family)
+    inject(model, LoraConfig(4, targets=PROJECTIONS[family], variant="rslora+dora"))
+    fill(model)
+    layers = lora_layers(model)
+    names = ("lora_A", "lora_B", "lora_magnitude_vector")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{path}.{name}" for path in layers for name in names}
+    assert trainable_parameters(model).saved == 0
+    found = describe(model)
+    assert found.replaced == {}
+    assert not any("lora_" in name for name in found.base.tensors)
+    assert found.variant == "rslora+dora"
+    for path, pair in found.modules.items():
+        np.testing.assert_array_equal(
+            pair.magnitude, layers[path].lora_magnitude_vector.detach().numpy()
+        )
 
 
 def _loss(model, rows):
@@ -361,6 +494,22 @@ def _two_adapters(tiny, fill, logits, family, head):
         fill(model, seed)
         made.append((extract(model), logits(model)))
     return made
+
+
+def test_an_adapter_with_magnitudes_switches_with_one_without(tiny, fill, logits):
+    made = []
+    for seed, variant in enumerate(("dora", "lora")):
+        model = tiny("bert")
+        inject(model, LoraConfig(2, targets=("query", "value"), variant=variant))
+        made.append((extract(fill(model, seed)), logits(model)))
+    (one, of_one), (two, of_two) = made
+    model = tiny("bert")
+    before = _snapshot(model)
+    for adapter, expected in ((one, of_one), (two, of_two), (one, of_one)):
+        attach(model, adapter)
+        assert torch.equal(logits(model), expected)
+    detach(model)
+    _assert_same(_snapshot(model), before)
 
 
 @pytest.mark.parametrize(("family", "head"), [("bert", ("classifier",)), ("gpt2", ()), ("opt", ())])

@@ -50,6 +50,15 @@ def test_generation_gives_the_same_tokens_before_and_after(tiny, fill, rows, fam
     assert not torch.equal(before, tiny(family).generate(**prompt, **options))
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_merging_magnitudes_computes_what_the_unmerged_model_does(tiny, fill, logits, family):
+    model = adapted(tiny, fill, family, variant="dora")
+    exact = logits(adapted(tiny, fill, family, variant="dora").double())
+    noise = (logits(model).double() - exact).abs().max()
+    assert (logits(merge(model)).double() - exact).abs().max() <= 8 * noise
+    assert (logits(tiny(family)).double() - exact).abs().max() > 1000 * noise
+
+
 def test_a_merged_weight_is_the_float64_value_rounded_once(tiny, fill):
     model = adapted(tiny, fill, "bert")
     merged = merge(model)

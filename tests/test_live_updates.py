@@ -101,7 +101,7 @@ def test_an_adapter_in_half_precision_is_read_into_a_wider_model(bases, tmp_path
 
 
 def test_updates_without_a_layer_are_not_saved_as_an_adapter(made):
-    _, live, _ = made("dora")
+    _, live, _ = made("embedding")
     with pytest.raises(InputError, match="convert their file instead"):
         extract(live)
 

@@ -8,14 +8,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import LoraConfig, LoraConv1D, LoraLinear
-from lora_export.config import TRAINABLE
 from lora_export.errors import InputError
 from lora_export.lora import layer_class
 
 IN, OUT, RANK, ALPHA = 5, 7, 3, 12.0
-SCALES = {"lora": ALPHA / RANK, "rslora": ALPHA / RANK**0.5}
+SCALES = {
+    "lora": ALPHA / RANK,
+    "rslora": ALPHA / RANK**0.5,
+    "dora": ALPHA / RANK,
+    "rslora+dora": ALPHA / RANK**0.5,
+}
+DORA = pytest.mark.parametrize("variant", [name for name in SCALES if "dora" in name])
 KINDS = pytest.mark.parametrize("kind", [LoraLinear, LoraConv1D])
-VARIANTS = pytest.mark.parametrize("variant", TRAINABLE)
+VARIANTS = pytest.mark.parametrize("variant", SCALES)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -31,13 +36,13 @@ def _base(kind, dtype=torch.float32, bias=True, seed=0):
 
 @torch.no_grad()
 def _layer(kind, dtype=torch.float32, variant="lora", bias=True, dropout=0.0, fresh=False):
-    """A layer over such a base, with A and B as after training unless `fresh`."""
+    """A layer over such a base, with its factors as after training unless `fresh`."""
     config = LoraConfig(RANK, ALPHA, dropout, variant=variant)
     layer = kind.over(_base(kind, dtype, bias), config)
     if not fresh:
         random = torch.Generator().manual_seed(1)
-        layer.lora_A.normal_(0, 1, generator=random)
-        layer.lora_B.normal_(0, 1, generator=random)
+        for factor in layer.factors().values():
+            factor.normal_(0, 1, generator=random)
     return layer.eval()
 
 
@@ -52,6 +57,16 @@ def _parts(layer):
         weight = weight.T
     bias = 0 if layer.bias is None else _float64(layer.bias)
     return weight, bias, _float64(layer.lora_A), _float64(layer.lora_B)
+
+
+def _exact(layer):
+    """The merged weight (out, in) in float64, written down from the papers."""
+    weight, _, a, b = _parts(layer)
+    found = weight + SCALES[layer.variant] * b @ a
+    if "dora" in layer.variant:
+        lengths = np.linalg.norm(found, axis=1)
+        found = found * (_float64(layer.lora_magnitude_vector) / lengths)[:, None]
+    return found
 
 
 def _inputs(*shape):
@@ -70,16 +85,15 @@ def _bits(tensor):
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3)], ids=str)
 def test_forward_is_the_papers_equation(kind, variant, shape):
     layer, x = _layer(kind, torch.float64, variant), _inputs(*shape).double()
-    weight, bias, a, b = _parts(layer)
-    expected = _float64(x) @ (weight + SCALES[variant] * b @ a).T + bias
+    expected = _float64(x) @ _exact(layer).T + _parts(layer)[1]
     np.testing.assert_allclose(_float64(layer(x)), expected, rtol=1e-12, atol=1e-12)
 
 
 @KINDS
-def test_forward_in_float32_agrees_within_float32(kind):
-    layer, x = _layer(kind), _inputs(4)
-    weight, bias, a, b = _parts(layer)
-    expected = _float64(x) @ (weight + SCALES["lora"] * b @ a).T + bias
+@VARIANTS
+def test_forward_in_float32_agrees_within_float32(kind, variant):
+    layer, x = _layer(kind, variant=variant), _inputs(4)
+    expected = _float64(x) @ _exact(layer).T + _parts(layer)[1]
     np.testing.assert_allclose(_float64(layer(x)), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -95,11 +109,71 @@ def test_forward_with_hand_placed_numbers():
 
 
 @KINDS
-@VARIANTS
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
 def test_a_fresh_layer_computes_what_its_base_does(kind, variant):
     layer, x = _layer(kind, variant=variant, fresh=True), _inputs(3)
     assert layer.lora_A.ne(0).all()
     assert torch.equal(_bits(layer(x)), _bits(nn.functional.linear(x, *_plain(kind))))
+
+
+@KINDS
+@DORA
+@DTYPES
+def test_a_fresh_layer_with_a_magnitude_computes_what_its_base_does_up_to_rounding(
+    kind, variant, dtype
+):
+    layer, x = _layer(kind, dtype, variant, fresh=True), _inputs(3).to(dtype)
+    weight, bias, _, _ = _parts(layer)
+    size = np.abs(_float64(x)) @ np.abs(weight).T + np.abs(bias)
+    expected, found = _float64(x) @ weight.T + bias, layer(x)
+    assert found.dtype == dtype
+    assert (np.abs(_float64(found) - expected) < 2 * torch.finfo(dtype).eps * size).all()
+    lengths = np.linalg.norm(weight, axis=1)
+    eps = torch.finfo(dtype).eps
+    np.testing.assert_allclose(_float64(layer.lora_magnitude_vector), lengths, rtol=eps)
+
+
+@DORA
+def test_a_row_of_zeros_stays_zero_in_training(variant):
+    base = _base(LoraLinear)
+    with torch.no_grad():
+        base.weight[2] = 0
+    layer, x = LoraLinear.from_linear(base, variant=variant), _inputs(3)
+    found = layer(x)
+    assert torch.equal(found[:, 2], layer.bias[2].expand(3))
+    found.sum().backward()
+    assert all(factor.grad.isfinite().all() for factor in layer.factors().values())
+
+
+@KINDS
+@DORA
+def test_the_gradients_of_dora_are_the_papers(kind, variant):
+    """Of equation 11: the norm is a constant, so its own derivative has no part in them."""
+    layer, x = _layer(kind, torch.float64, variant), _inputs(4).double()
+    weight, _, a, b = _parts(layer)
+    direction, magnitude = _exact(layer), _float64(layer.lora_magnitude_vector)
+    sum_of = weight + SCALES[variant] * b @ a
+    lengths = np.linalg.norm(sum_of, axis=1)
+    slope = np.cos(np.arange(4 * OUT)).reshape(4, OUT)  # of the loss by the outputs
+    layer(x).backward(torch.from_numpy(slope))
+    of_weight = slope.T @ _float64(x) * (magnitude / lengths)[:, None]
+    np.testing.assert_allclose(
+        layer.lora_magnitude_vector.grad,
+        (slope * (_float64(x) @ direction.T)).sum(0) / magnitude,
+        rtol=1e-10,
+    )
+    scale = SCALES[variant]
+    np.testing.assert_allclose(layer.lora_A.grad, scale * b.T @ of_weight, rtol=1e-10)
+    np.testing.assert_allclose(layer.lora_B.grad, scale * of_weight @ a.T, rtol=1e-10)
+
+
+@DORA
+def test_autocast_does_not_make_the_norm_coarser(variant):
+    layer, x = _layer(LoraLinear, variant=variant), _inputs(4)
+    expected = layer._gain()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer._gain(), expected)
+        assert layer(x).dtype == torch.bfloat16
 
 
 def _plain(kind):
@@ -117,8 +191,9 @@ def test_a_layer_without_a_bias_has_none():
 
 
 @KINDS
-def test_dropout_acts_before_a_and_in_training_only(kind):
-    layer, x = _layer(kind, dropout=0.5), _inputs(64)
+@VARIANTS
+def test_dropout_acts_before_a_and_in_training_only(kind, variant):
+    layer, x = _layer(kind, variant=variant, dropout=0.5), _inputs(64)
     assert torch.equal(layer(x), layer(x))
     layer.train()
     with torch.random.fork_rng():
@@ -127,7 +202,11 @@ def test_dropout_acts_before_a_and_in_training_only(kind):
         torch.manual_seed(0)
         masked = nn.functional.dropout(x, 0.5)
     weight, bias, a, b = _parts(layer)
-    expected = _float64(x) @ weight.T + bias + SCALES["lora"] * _float64(masked) @ (b @ a).T
+    expected = _float64(x) @ weight.T + SCALES[variant] * _float64(masked) @ (b @ a).T
+    if "dora" in variant:
+        lengths = np.linalg.norm(weight + SCALES[variant] * b @ a, axis=1)
+        expected = expected * (_float64(layer.lora_magnitude_vector) / lengths)
+    expected = expected + bias
     np.testing.assert_allclose(_float64(dropped), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -160,10 +239,14 @@ def test_from_linear_shares_the_weight_and_bias_objects():
 
 
 @KINDS
-def test_the_base_is_frozen_and_the_factors_are_not(kind):
-    layer = _layer(kind)
+@VARIANTS
+def test_the_base_is_frozen_and_the_factors_are_not(kind, variant):
+    layer = _layer(kind, variant=variant)
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
-    assert trained == {"lora_A", "lora_B"}
+    assert trained == {"lora_A", "lora_B"} | (
+        {"lora_magnitude_vector"} if "dora" in variant else set()
+    )
+    assert trained == set(layer.factors())
 
 
 @DTYPES
@@ -204,6 +287,7 @@ def test_the_constructor_takes_dtype_device_and_bias():
         ({"alpha": -1}, "alpha is -1"),
         ({"dropout": 1.0}, r"dropout is 1\.0"),
         ({"variant": "dorra"}, "variant is 'dorra'; expected one of"),
+        ({"variant": "rslora+dorra"}, "variant is 'rslora\\+dorra'; expected one of"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -237,9 +321,7 @@ def test_the_merged_weight_computes_what_the_layer_does(kind, variant):
 @DTYPES
 def test_the_merged_weight_is_the_float64_sum_rounded_once(kind, variant, dtype):
     layer = _layer(kind, dtype, variant)
-    weight, _, a, b = _parts(layer)
-    exact = weight + SCALES[variant] * (b @ a)
-    merged = layer.merged_weight()
+    exact, merged = _exact(layer), layer.merged_weight()
     assert (merged.dtype, merged.shape) == (dtype, layer.weight.shape)
     stored = _float64(merged if kind is LoraLinear else merged.T)
     error = np.abs(stored - exact)

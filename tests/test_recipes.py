@@ -1,119 +1,179 @@
-"""The recipe on a tiny base: what it writes, and that a stopped run goes on as if it never was."""
+"""recipes/sst2.py on a tiny base: each method, what it writes, killed runs."""
 
+import contextlib
 import importlib.util
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
-from lora_export import merged_files, read_adapter
+from lora_export import merged_files, methods, read_adapter
+from lora_export.errors import AdapterMismatch, InputError
 
 ROOT = Path(__file__).parent.parent
-POSITIVE = ["a great film", "the best cast", "i love it", "warm and charming", "very funny music"]
-NEGATIVE = ["a bad film", "the worst cast", "i hate it", "dull and boring", "very silly music"]
 
 
 @pytest.fixture(scope="module")
 def recipe():
     """The recipe as a module: it is a script, and no part of the package."""
-    spec = importlib.util.spec_from_file_location("sst2_lora", ROOT / "recipes" / "sst2_lora.py")
+    spec = importlib.util.spec_from_file_location("sst2", ROOT / "recipes" / "sst2.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["sst2_lora"] = module
+    sys.modules["sst2"] = module
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rows = [(text, 1) for text in POSITIVE] + [(text, 0) for text in NEGATIVE]
-    lines = "".join(f"{text} \t{label}\n" for text, label in rows)
-    for name, times in (("train", 6), ("dev", 1)):
-        (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + lines * times)
-    return folder
+def data(sentences):
+    return sentences
 
 
 @pytest.fixture
 def train(recipe, tiny_base, data, tmp_path, monkeypatch):
-    def run(*more, base=tiny_base, out="sst2.safetensors"):
+    def run(*more, base=tiny_base, out="run"):
         words = ["--base", base, "--data", data, "--out", tmp_path / out, "--epochs", 3]
-        words += ["--batch-size", 8, "--checkpoint-every", 5, "--lr", 0.01, *more]
-        monkeypatch.setattr(sys, "argv", ["sst2_lora.py", *map(str, words)])
+        words += ["--batch-size", 8, "--evaluate-every", 5, "--lr", 0.01, *more]
+        monkeypatch.setattr(sys, "argv", ["sst2.py", *map(str, words)])
         recipe.main()
         return tmp_path / out
 
     return run
 
 
+def _rows(folder, name):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["name"] == name]
+
+
 def test_it_learns_and_writes_a_self_contained_adapter(train, tmp_path):
-    path = train("--epochs", 30)
-    adapter = read_adapter(path)
+    folder = train("--epochs", 30)
+    assert {file.name for file in folder.iterdir()} == {
+        "adapter.safetensors", "metrics.jsonl", "run.json",
+    }  # fmt: skip
+    adapter = read_adapter(folder / "adapter.safetensors")
     assert adapter.labels == ("negative", "positive")
     assert adapter.base.architecture == "BertForSequenceClassification"
-    assert adapter.training["dev_accuracy"] >= 0.9
-    assert adapter.training["trainable_ratio"] < 1
+    assert _rows(folder, "accuracy")[-1]["value"] >= 0.9
+    assert _rows(folder, "Matthews correlation")[-1]["samples"] == 10
     assert str(tmp_path) not in json.dumps(dict(adapter.training))
+    assert str(tmp_path) not in (folder / "run.json").read_text()
 
 
-def test_it_writes_metrics_and_a_plot_and_removes_its_checkpoint(train, tmp_path):
-    train()
-    names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"sst2.safetensors", "sst2-metrics.json", "sst2-training.png"}
-    found = json.loads((tmp_path / "sst2-metrics.json").read_text())
-    assert len(found["loss_by_step"]) == found["steps"] == 24
-    assert found["dev_accuracy_by_step"][-1] == [24, found["dev_accuracy"]]
-    assert (tmp_path / "sst2-training.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize(
+    ("method", "file"),
+    [
+        ("rslora", "adapter.safetensors"),
+        ("full", "model"),
+        ("bitfit", "trained.safetensors"),
+        ("head", "trained.safetensors"),
+    ],
+)
+def test_each_method_trains_what_it_says_and_leaves_the_rest(
+    train, method, file, tiny_base, classifier_of
+):
+    folder = train("--method", method, "--epochs", 1)
+    counts = {name: _rows(folder, f"{name}parameters")[0]["value"] for name in ("trainable ", "")}
+    plain = classifier_of(tiny_base)
+    shapes = {name: parameter.numel() for name, parameter in plain.named_parameters()}
+    head = sum(size for name, size in shapes.items() if name.startswith("classifier."))
+    biases = sum(size for name, size in shapes.items() if name.endswith("bias"))
+    expected = {
+        "full": sum(shapes.values()),
+        "bitfit": biases + shapes["classifier.weight"],
+        "head": head,
+    }
+    if method in expected:
+        assert counts["trainable "] == expected[method]
+        assert counts[""] == sum(shapes.values())
+    else:
+        assert head < counts["trainable "] < counts[""] / 2
+    assert (folder / file).exists()
+    size = _rows(folder, "checkpoint size")[0]
+    assert size["subject"] == file
+    assert size["value"] >= 4 * counts["trainable "]
+
+
+def test_what_a_method_trained_loads_again(train, tiny_base, classifier_of):
+    path = train("--method", "bitfit") / "trained.safetensors"
+    model = classifier_of(tiny_base)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    methods.load_trained(model, path)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert "bert.encoder.layer.0.output.dense.bias" in changed
+    assert all(name.endswith("bias") or name.startswith("classifier") for name in changed)
+    with pytest.raises(AdapterMismatch, match=r"classifier.bias: expected \(2,\), found nothing"):
+        methods.load_trained(model.bert, path)
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(train):
-    values = [
-        next(iter(read_adapter(train("--seed", seed, out=f"{n}.safetensors")).modules.values())).b
-        for n, seed in enumerate((1, 1, 2))
-    ]
+    values = []
+    for n, seed in enumerate((1, 1, 2)):
+        adapter = read_adapter(train("--seed", seed, out=f"{n}") / "adapter.safetensors")
+        values.append(next(iter(adapter.modules.values())).b)
     assert (values[0] == values[1]).all()
     assert (values[0] != values[2]).any()
 
 
-def test_a_stopped_run_goes_on_to_the_same_adapter(train, recipe, monkeypatch, tmp_path):
-    whole = read_adapter(train(out="whole.safetensors"))
-    real, calls = recipe.accuracy, []
-
-    def stop_at_the_third(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(recipe, "accuracy", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        train(out="stopped.safetensors")
-    assert (tmp_path / "stopped.checkpoint").is_file()
-    monkeypatch.setattr(recipe, "accuracy", real)
-    resumed = read_adapter(train("--resume", out="stopped.safetensors"))
-    for path, pair in whole.modules.items():
-        assert (pair.a == resumed.modules[path].a).all(), path
-        assert (pair.b == resumed.modules[path].b).all(), path
-
-
-def test_a_checkpoint_of_other_settings_is_refused(train, recipe, monkeypatch):
-    def stop(*arguments):
+def test_a_checkpoint_of_other_settings_is_refused(train, monkeypatch):
+    def stop(*arguments, **more):
         raise KeyboardInterrupt
 
-    real = recipe.accuracy
-    monkeypatch.setattr(recipe, "accuracy", lambda *a: stop() if len(a[1]) < 0 else real(*a))
-    monkeypatch.setattr(recipe, "write", stop)
+    monkeypatch.setattr(methods, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         train()
-    with pytest.raises(SystemExit, match="was written with other settings"):
+    with pytest.raises(InputError, match="was written with other settings: options was"):
         train("--resume", "--rank", 4)
 
 
-def test_resuming_nothing_is_refused(train):
-    with pytest.raises(SystemExit, match="nothing to resume"):
-        train("--resume")
+def test_the_dropout_of_the_base_is_an_option(recipe, train, monkeypatch):
+    seen = []
+    real = methods.adapt
+
+    def look(model, *more):
+        seen.append(model.config.hidden_dropout_prob)
+        real(model, *more)
+
+    monkeypatch.setattr(methods, "adapt", look)
+    train("--epochs", 1, "--base-dropout", 0, out="without")
+    train("--epochs", 1, out="with")
+    assert seen == [0, 0.1]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bits(train, tiny_base, data, tmp_path):
+    """SIGKILL at any moment, more than once: nothing is caught, nothing is said farewell to."""
+    whole = train("--epochs", 60, out="whole")
+    command = [
+        sys.executable, ROOT / "recipes" / "sst2.py", "--base", tiny_base, "--data", data,
+        "--out", tmp_path / "killed", "--epochs", 60, "--batch-size", 8, "--evaluate-every", 5,
+        "--lr", 0.01,
+    ]  # fmt: skip
+    progress = tmp_path / "killed" / "progress.json"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    kills = 0
+    for least in (20, 200):
+        resumed = ["--resume"] if kills else []
+        process = subprocess.Popen(list(map(str, [*command, *resumed])), **quiet)
+        while process.poll() is None:
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+                if json.loads(progress.read_text())["step"] >= least:
+                    process.kill()
+                    break
+            time.sleep(0.01)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 2
+    subprocess.run(list(map(str, [*command, "--resume"])), check=True, capture_output=True)
+    one, other = (load_file(tmp_path / n / "adapter.safetensors") for n in ("whole", "killed"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert _rows(whole, "loss") == _rows(tmp_path / "killed", "loss")
 
 
 def test_another_family_trains_and_merges(train, tiny, tiny_base, tmp_path):
@@ -127,7 +187,7 @@ def test_another_family_trains_and_merges(train, tiny, tiny_base, tmp_path):
     transformers.BertTokenizerFast.from_pretrained(
         tiny_base, model_input_names=["input_ids", "attention_mask"]
     ).save_pretrained(base)
-    path = train("--targets", "q_lin,v_lin", "--rank", 2, base=base)
+    path = train("--targets", "q_lin,v_lin", "--rank", 2, base=base) / "adapter.safetensors"
     adapter = read_adapter(path)
     assert len(adapter.modules) == 4
     assert {name.split(".")[0] for name in adapter.replaced} == {"pre_classifier", "classifier"}

@@ -17,7 +17,7 @@ SCALES = {
     "rslora": lambda alpha, rank: alpha / rank**0.5,
     "adalora": lambda alpha, rank: alpha / (rank + 1e-5),
 }
-FUNCTIONS = ("scaling", "base", "merged")
+FUNCTIONS = ("scaling", "base", "magnitude", "gain", "merged")
 OUT, IN, RANK, SCALE = 7, 5, 2, 1.5
 # A residual is found by a decomposition: float64's error times a few.
 NEAR = {"rtol": 0, "atol": 1e-13}
@@ -186,6 +186,23 @@ def test_the_rows_of_dora_have_the_length_that_was_learned(name):
     found = _ours("merged", name, weight, delta, magnitude)
     np.testing.assert_allclose(found, _dora(weight, delta, magnitude), rtol=1e-14)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.abs(magnitude), rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["lora+dora", "rslora+dora"])
+def test_dora_begins_with_the_lengths_of_the_bases_rows_and_scales_by_what_was_learned(name):
+    weight, delta, magnitude = _weight(), _weight(seed=1), np.linspace(-1, 3, OUT)
+    np.testing.assert_allclose(
+        _ours("magnitude", name, weight), np.linalg.norm(weight, axis=1), rtol=1e-14
+    )
+    found = _ours("gain", name, weight + delta, magnitude)
+    lengths = np.linalg.norm(weight + delta, axis=1)
+    np.testing.assert_allclose(found, magnitude / lengths, rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "adalora"])
+def test_a_sum_has_no_magnitude_and_scales_no_row(name):
+    assert variants.magnitude(name, _weight()) is None
+    assert variants.gain(name, _weight(), None) == 1
 
 
 def test_a_row_of_zeros_has_no_direction_and_stays_zero_in_dora():

@@ -5,6 +5,8 @@ more of these functions; where two provide the same one, the later name wins:
 
     scaling(alpha, rank) -> float            the factor s in front of B A
     base(weight, scale, rank)                what training made of the base's weight beforehand
+    magnitude(weight)                        the magnitude that training begins with, or None
+    gain(direction, magnitude)               the factor of each row of direction = weight + delta
     merged(weight, delta, magnitude)         the merged weight
 
 Weights are float64, numpy arrays or torch tensors alike, of shape (out, in), or
@@ -60,6 +62,16 @@ def base(variant: str, weight: Any, scale: float, rank: int) -> Any:
 def changes_base(variant: str) -> bool:
     """Return whether training began by changing the base's weights."""
     return any(hasattr(load(name), "base") for name in variant.split("+") if name != _DEFAULT)
+
+
+def magnitude(variant: str, weight: Any) -> Any:
+    """Return the magnitude that training begins with, (out,), or None where there is none."""
+    return _find(variant, "magnitude")(weight)
+
+
+def gain(variant: str, direction: Any, magnitude: Any) -> Any:
+    """Return by what each row of W + s B A is multiplied in the merged weight, (out,) or 1."""
+    return _find(variant, "gain")(direction, magnitude)
 
 
 def merged(variant: str, weight: Any, delta: Any, magnitude: Any = None) -> Any:

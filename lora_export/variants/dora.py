@@ -3,13 +3,22 @@
 from typing import Any
 
 
-def merged(weight: Any, delta: Any, magnitude: Any = None) -> Any:
-    """Return the rows of weight + delta, each scaled to the length that `magnitude` (out,) says.
+def magnitude(weight: Any) -> Any:
+    """Return the lengths of the rows, (out,): training begins where the base is."""
+    return (weight * weight).sum(-1) ** 0.5
+
+
+def gain(direction: Any, magnitude: Any) -> Any:
+    """Return what scales each row of `direction` to the length that `magnitude` (out,) says.
 
     A row of zeros has no direction and stays zero. (PEFT divides by its length, which is NaN.)
     """
+    length = (direction * direction).sum(-1) ** 0.5
+    return magnitude / (length + (length == 0))
+
+
+def merged(weight: Any, delta: Any, magnitude: Any = None) -> Any:
+    """Return the rows of weight + delta, each scaled to the length that `magnitude` (out,) says."""
     assert magnitude is not None
     direction = weight + delta
-    length = (direction * direction).sum(-1) ** 0.5
-    factor = magnitude / (length + (length == 0))
-    return direction * factor[..., None]
+    return direction * gain(direction, magnitude)[..., None]

@@ -13,6 +13,15 @@ def base(weight: Any, scale: float, rank: int) -> Any:
     return weight
 
 
+def magnitude(weight: Any) -> None:
+    """Return None: plain LoRA learns no magnitude."""
+
+
+def gain(direction: Any, magnitude: Any) -> Any:
+    """Return 1: no row is scaled."""
+    return 1.0
+
+
 def merged(weight: Any, delta: Any, magnitude: Any = None) -> Any:
     """Return weight + delta."""
     return weight + delta
