@@ -40,8 +40,15 @@ from lora_export import InputError, bases, methods, publishing, storage, trainin
 from lora_export.injection import trainable_parameters
 from lora_export.records import Measurement
 
-# Peak learning rates that suit each method, as in `study.py`.
-RATES = {"lora": 1e-3, "rslora": 5e-4, "full": 1e-4, "bitfit": 2e-3, "head": 1e-2}
+# Peak learning rates that suit each method.
+RATES = {
+    "lora": 1e-3,
+    "rslora": 5e-4,
+    "dora": 1e-3,
+    "full": 1e-4,
+    "bitfit": 2e-3,
+    "head": 1e-2,
+}
 MODEL_OPTIONS = ("rank", "alpha", "dropout", "base_dropout", "targets", "max_length")
 # What must be the same for a finished cell to be taken as this one.
 IDENTITY = ("method", "base", "data_sha256", "options")
@@ -109,6 +116,7 @@ def main() -> None:
     if not args.resume and (args.out / "cells").is_dir():
         raise InputError(f"{args.out} holds cells; pass --resume to go on, or another --out")
     done = [is_finished(c.folder, d) for c, d in zip(cells, descriptions, strict=True)]
+    training.processes().wait_for_everyone()  # until all have looked: from here on, one writes
     for number, (cell, description) in enumerate(zip(cells, descriptions, strict=True)):
         if done[number]:
             continue
@@ -170,6 +178,7 @@ def train(
     torch.manual_seed(cell.settings.seed)
     model = sst2.classifier(base, args, pad, names)
     methods.adapt(model, cell.method, sst2.lora_config(model, args))
+    cell.folder.mkdir(parents=True, exist_ok=True)
     history = training.fit(
         model, examples, cell.settings,
         pad=pad, evaluate=sst2.evaluation(sst2.encode(tokenizer, *dev, args.max_length), pad),
@@ -249,7 +258,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table: a line for each size and method, means over seeds with intervals."""
     from study_report import mean_interval  # matplotlib is loaded with it, not for --help
 
-    names = list(dict.fromkeys(row["name"] for row in rows if row["subject"] == "dev"))
+    found_names = dict.fromkeys(row["name"] for row in rows if row["subject"] == "dev")
+    names = [name for name in found_names if not name.endswith(" undefined")]
     lines = [
         f"| per class | method | {' | '.join(names)} | trained parameters | time | seeds |",
         "| ---: | --- |" + " ---: |" * (len(names) + 3),
@@ -269,7 +279,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells.append(f"{values['trainable parameters'][0]:,.0f}")
         cells.append(f"{mean_interval(values['training time']).value:.0f} s")
         lines.append(f"| {' | '.join([*cells, str(len(seeds))])} |")
-    explained = "Means over seeds with Student's 95 % intervals, on dev, at the last step."
+    explained = (
+        "Means over seeds with Student's 95 % intervals, on dev, at the last step; "
+        "-: undefined for a seed."
+    )
     return "\n".join([*lines, "", explained, ""])
 
 

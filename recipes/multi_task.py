@@ -42,7 +42,6 @@ import few_shot
 import numpy as np
 import sst2
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -67,6 +66,7 @@ from lora_export import (
 )
 from lora_export.config import TRAINABLE
 from lora_export.errors import listed
+from lora_export.peft_writing import tensors_of
 from lora_export.records import Array, Measurement
 
 NEGATIONS = {"not", "no", "never", "none", "nothing", "nobody", "nor", "neither", "cannot"}
@@ -121,7 +121,7 @@ def main() -> None:
     before = bits_of(backbone)
     for task in tasks:
         train(task, models[task.name], tokenizer, settings, BaseRef(id=base.id), args, about)
-    PartialState().wait_for_everyone()
+    training.processes().wait_for_everyone()
     paths = {task.name: args.out / task.name / "adapter.safetensors" for task in tasks}
 
     requests = [
@@ -211,7 +211,7 @@ def over_one_backbone(
         model: Any = sst2.classifier(base, args, pad, task.labels)
         for first in list(models.values())[:1]:
             setattr(model, model.base_model_prefix, first.base_model)
-        models[task.name] = model.to(PartialState().device)
+        models[task.name] = model.to(training.processes().device)
     return models
 
 
@@ -241,6 +241,7 @@ def train(
     dev = sst2.encode(tokenizer, *task.dev, args.max_length)
     torch.manual_seed(args.seed)
     methods.adapt(model, args.method, sst2.lora_config(model, args))
+    folder.mkdir(parents=True, exist_ok=True)
     history = training.fit(
         model, examples, settings,
         pad=pad, evaluate=sst2.evaluation(dev, pad), folder=folder,
@@ -327,7 +328,7 @@ def served_alone(
     found: dict[int, Array] = {}
     merged: list[nn.Module] = []
     for task in tasks:
-        model = sst2.classifier(base, args, pad, task.labels).to(PartialState().device)
+        model = sst2.classifier(base, args, pad, task.labels).to(training.processes().device)
         load_adapter(model, paths[task.name])
         own = [group for group in groups if group[0] == task.name]
         found |= answers({task.name: model}.__getitem__, requests, own, pad)
@@ -388,14 +389,7 @@ def held_bytes(models: Iterable[nn.Module], adapters: Iterable[Adapter] = ()) ->
     """Return the bytes of all distinct tensors of `models` and `adapters` in memory."""
     tensors = [value for model in models for value in (*model.parameters(), *model.buffers())]
     parts = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in tensors}
-    arrays = [
-        array
-        for adapter in adapters
-        for array in (
-            *adapter.replaced.values(),
-            *(factor for pair in adapter.modules.values() for factor in (pair.a, pair.b)),
-        )
-    ]
+    arrays = [array for adapter in adapters for array in tensors_of(adapter).values()]
     return sum(part.nbytes() for part in parts.values()) + sum(array.nbytes for array in arrays)
 
 

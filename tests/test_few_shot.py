@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,6 +68,10 @@ def test_a_sample_is_balanced_and_part_of_a_larger_one_of_its_seed(recipe):
     assert len(set(large)) == 24
     assert recipe.sample(labels, 3, 5) == small
     assert recipe.sample(labels, 3, 6) != small
+
+
+def test_every_method_has_a_learning_rate(recipe):
+    assert recipe.RATES.keys() == set(recipe.methods.METHODS)
 
 
 def test_a_class_with_too_few_sentences_is_refused(recipe, run):
@@ -147,7 +152,8 @@ def test_a_single_seed_has_no_interval_and_what_is_undefined_no_mean(recipe):
         recipe.table(rows)
     )
     other = [{**row, "seed": 1} for row in rows if row["name"] != "F1"]
-    assert "| - | 1,234 |" in recipe.table(rows + other)
+    other.append({**place, "seed": 1, "name": "F1 undefined", "value": 10})
+    assert "| 2 | lora | 0.500 [0.500, 0.500] | - | 1,234 | 2 s | 2 |" in recipe.table(rows + other)
 
 
 @pytest.mark.parametrize(
@@ -185,3 +191,24 @@ def test_a_wrong_list_is_refused(run, capsys, words, said):
     with pytest.raises(SystemExit, match="2"):
         run(*words)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_table_of_one(run, data, tiny_base, tmp_path):
+    words = ("--per-class", "8", "--seeds", 1, "--methods", "lora,head", "--base-dropout", 0)
+    one = run(*words)
+    two = tmp_path / "two"
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
+    command = [sys.executable, *launch, RECIPES / "few_shot.py", *words, "--epochs", 2]
+    command += ["--base", tiny_base, "--data", data, "--out", two]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    scores = [
+        [
+            (row["name"], row["method"], row["value"])
+            for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            if row["name"] != "training time"
+        ]
+        for out in (one, two)
+    ]
+    assert scores[0] == scores[1]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -200,3 +201,15 @@ def test_a_task_without_name_or_folder_is_refused(run, word):
 )
 def test_a_negation_is_a_word_of_its_own(recipe, text, expected):
     assert recipe.has_negation(text) == expected
+
+
+@pytest.mark.slow
+def test_two_processes_serve_what_they_trained(tiny_base, data, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
+    words = ["--base", tiny_base, "--data", data, "--out", tmp_path / "out", "--max-steps", 2]
+    command = [sys.executable, *launch, RECIPES / "multi_task.py", *words]
+    done = subprocess.run(
+        [str(word) for word in command], check=True, capture_output=True, text=True
+    )
+    assert "all 48 answers are as alone" in done.stdout
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["processes"] == 2
