@@ -117,7 +117,10 @@ class LoraLayer(nn.Module, abc.ABC):
             result = self._linear(x, self.bias)
             return result + update.to(result.dtype)
         result = self._linear(x, None)
-        scaled = (result + update) * self._gain()
+        total, gain = result + update, self._gain()
+        if result.is_nested:  # torch's encoder nests padded rows; nothing is broadcast over those
+            return functional.linear(total, torch.diag(gain), self.bias).to(result.dtype)
+        scaled = total * gain
         return (scaled if self.bias is None else scaled + self.bias).to(result.dtype)
 
     def _gain(self) -> Tensor:

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from lora_export import environment, publishing, storage
-from lora_export.errors import InputError
+from lora_export.errors import InputError, LoraExportError
 from lora_export.injection import trainable_parameters
 from lora_export.methods import load_trained, trained
 from lora_export.records import Array, Measurement
@@ -38,7 +38,7 @@ from lora_export.records import Array, Measurement
 try:
     import accelerate
     from accelerate.state import AcceleratorState
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 except ImportError as error:
     raise InputError("training needs accelerate; install lora-export[recipes]") from error
 
@@ -201,20 +201,69 @@ def loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
 # ---------------------------------------------------------------- processes
 
 
+def run(main: Callable[[], None]) -> None:
+    """Run `main` of a recipe, in as many processes as were asked for; say errors in one line.
+
+    Accelerate's launcher for CPUs starts a single process, whatever --num_processes says, unless
+    MPI starts them: the processes that are lacking are started here, by torch.
+    """
+    try:
+        if (asked := _asked_of_the_launcher()) > 1:
+            command = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(asked),
+            ]
+            os.execv(sys.executable, [sys.executable, *command, *sys.argv])
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
+    except (LoraExportError, OSError) as error:
+        sys.exit(f"Error: {error}")
+
+
+def _asked_of_the_launcher() -> int:
+    """Return how many processes `accelerate launch --cpu` was asked for, where it started one."""
+    is_ours = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
+    if not is_ours or os.environ.keys() & {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"}:
+        return 1
+    import psutil
+    from accelerate.commands import launch
+
+    words = psutil.Process().parent().cmdline()
+    start = next((at for at, word in enumerate(words, 1) if Path(word).stem.endswith("launch")), 0)
+    try:
+        given = launch.launch_command_parser().parse_args(words[start:])
+        asked, *_ = launch._validate_launch_command(given)
+    except (SystemExit, ValueError) as error:
+        raise InputError(
+            "accelerate launch was asked for several processes on CPUs and started one; "
+            "use: torchrun --nproc-per-node N RECIPE"
+        ) from error
+    if asked.num_machines > 1:
+        raise InputError(
+            "several machines without GPUs need accelerate launch over MPI, or torchrun"
+        )
+    return int(asked.num_processes)
+
+
 def processes() -> Any:
     """Return Accelerate's account of the processes: `num_processes`, `is_main_process`, ...
 
     Raises:
         InputError: several were started that do not know of each other.
     """
-    state = accelerate.PartialState()
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = accelerate.PartialState(cpu=on_cpu)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     # Accelerate goes on alone where the launcher's configuration names what the machine lacks:
     # every process would train by itself, and all would write the same files.
     if started != state.num_processes:
         raise InputError(
             f"{started} processes were started and Accelerate takes this one to be alone; "
-            "the configuration does not fit the machine (without a GPU: accelerate launch --cpu)"
+            "what the launcher was told does not fit the machine (FSDP and DeepSpeed need GPUs)"
         )
     return state
 

@@ -31,7 +31,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +45,6 @@ import transformers
 from accelerate.utils import gather_object
 from torch import nn
 
-import lora_export
 from lora_export import BaseRef, InputError, LoraConfig, bases, heads, methods, scoring, training
 from lora_export.injection import trainable_parameters
 from lora_export.records import Measurement
@@ -481,9 +479,4 @@ def tasks(text: str, is_good: bool) -> Iterator[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
-    except (lora_export.LoraExportError, OSError) as error:
-        sys.exit(f"Error: {error}")
+    training.run(main)

@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-import lora_export
-from lora_export import InputError, bases, methods, publishing, storage, training
+from lora_export import InputError, bases, publishing, storage, training
 from lora_export.injection import trainable_parameters
 from lora_export.records import Measurement
 
@@ -45,6 +43,7 @@ RATES = {
     "lora": 1e-3,
     "rslora": 5e-4,
     "dora": 1e-3,
+    "qlora": 1e-3,
     "full": 1e-4,
     "bitfit": 2e-3,
     "head": 1e-2,
@@ -90,8 +89,8 @@ def counts(text: str) -> tuple[int, ...]:
 
 
 def known_methods(text: str) -> tuple[str, ...]:
-    if unknown := [word for word in text.split(",") if word not in methods.METHODS]:
-        known = ", ".join(methods.METHODS)
+    if unknown := [word for word in text.split(",") if word not in sst2.METHODS]:
+        known = ", ".join(sst2.METHODS)
         raise argparse.ArgumentTypeError(f"no method {unknown[0]!r}; expected some of {known}")
     return tuple(dict.fromkeys(text.split(",")))
 
@@ -176,8 +175,8 @@ def train(
     examples = sst2.encode(tokenizer, *picked, args.max_length)
     pad, names = tokenizer.pad_token_id, [str(one) for one in range(1 + max(labels))]
     torch.manual_seed(cell.settings.seed)
-    model = sst2.classifier(base, args, pad, names)
-    methods.adapt(model, cell.method, sst2.lora_config(model, args))
+    own = argparse.Namespace(**{**vars(args), "method": cell.method})
+    model = sst2.build(base, own, pad, names)
     cell.folder.mkdir(parents=True, exist_ok=True)
     history = training.fit(
         model, examples, cell.settings,
@@ -287,9 +286,4 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
-    except (lora_export.LoraExportError, OSError) as error:
-        sys.exit(f"Error: {error}")
+    training.run(main)

@@ -29,7 +29,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -46,7 +45,6 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-import lora_export
 from lora_export import (
     Adapter,
     BaseRef,
@@ -208,7 +206,7 @@ def over_one_backbone(
     models: dict[str, nn.Module] = {}
     for task in tasks:
         torch.manual_seed(args.seed)
-        model: Any = sst2.classifier(base, args, pad, task.labels)
+        model: Any = sst2.load(base, args, pad, task.labels)
         for first in list(models.values())[:1]:
             setattr(model, model.base_model_prefix, first.base_model)
         models[task.name] = model.to(training.processes().device)
@@ -328,7 +326,7 @@ def served_alone(
     found: dict[int, Array] = {}
     merged: list[nn.Module] = []
     for task in tasks:
-        model = sst2.classifier(base, args, pad, task.labels).to(training.processes().device)
+        model = sst2.load(base, args, pad, task.labels).to(training.processes().device)
         load_adapter(model, paths[task.name])
         own = [group for group in groups if group[0] == task.name]
         found |= answers({task.name: model}.__getitem__, requests, own, pad)
@@ -408,9 +406,4 @@ def write(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
-    except (lora_export.LoraExportError, OSError) as error:
-        sys.exit(f"Error: {error}")
+    training.run(main)

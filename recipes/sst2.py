@@ -30,12 +30,22 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-import lora_export
-from lora_export import BaseRef, LoraConfig, bases, heads, methods, scoring, training
-from lora_export.injection import trainable_parameters
+from lora_export import (
+    BaseRef,
+    LoraConfig,
+    attach,
+    bases,
+    heads,
+    methods,
+    quantised,
+    scoring,
+    training,
+)
+from lora_export.injection import extract, trainable_parameters
 from lora_export.records import Measurement
 
 LABELS = ("negative", "positive")
+METHODS = (*methods.METHODS, "qlora")
 
 
 def arguments() -> argparse.Namespace:
@@ -44,7 +54,7 @@ def arguments() -> argparse.Namespace:
     add("--base", default="sentence-transformers/all-MiniLM-L6-v2", help="directory or hub id")
     add("--data", default="stanfordnlp/sst2", help="folder with train.tsv and dev.tsv, or hub id")
     add("--out", type=Path, default=Path("out/sst2"), help="directory")
-    add("--method", default="lora", choices=methods.METHODS)
+    add("--method", default="lora", choices=METHODS, help="qlora: lora over a base in NF4")
     add_model_arguments(parser)
     add("--limit", type=int, default=0, help="train on this many sentences only (0: all)")
     training.add_arguments(parser)
@@ -73,8 +83,7 @@ def main() -> None:
     splits = list(load_data(args.data))
     train, dev = (encode(tokenizer, *split, args.max_length) for split in splits)
     train = random.Random(args.seed).sample(train, args.limit or len(train))
-    model = classifier(base.path, args, tokenizer.pad_token_id)
-    methods.adapt(model, args.method, lora_config(model, args))
+    model = build(base.path, args, tokenizer.pad_token_id)
     left_out = {"base", "data", "out", "resume", "method", *vars(settings)}
     description = training.about(
         "sst2", args.method, settings,
@@ -92,29 +101,51 @@ def main() -> None:
         folder=args.out, resume=args.resume,
         identity={k: description[k] for k in ("method", "base", "data_sha256", "options")},
     )  # fmt: skip
+    whole = model
+    after: Sequence[Measurement] = ()
+    if args.method == "qlora":  # the file names the base that it is merged into: the whole one
+        whole = load(base.path, args, tokenizer.pad_token_id)
+        attach(whole, extract(model))
+        after = evaluation(dev, tokenizer.pad_token_id, "dev, whole base")(whole)
     if training.is_main_process():
         known = {"base": BaseRef(id=base.id), "labels": LABELS, "task_type": "SEQ_CLS"}
-        if args.method == "full":
-            tokenizer.save_pretrained(args.out / "model")
-        saved = methods.save(model, args.method, args.out, training=description, **known)
+        method = "lora" if args.method == "qlora" else args.method
+        saved = methods.save(whole, method, args.out, training=description, **known)
+        if saved.is_dir():
+            tokenizer.save_pretrained(saved)
         measured = training.resources(model, history, saved)
-        training.write(args.out, description, history, measured)
+        training.write(args.out, description, history, (*after, *measured))
         found = "  ".join(f"{one.name} {one.value:.4f}" for one in history.evaluations[-1][1])
         print(f"dev {found} in {history.seconds / 60:.1f} min: {saved}")
 
 
-def classifier(
-    base: Path, args: argparse.Namespace, pad_token_id: int, labels: Sequence[str] = LABELS
+def load(
+    base: Path,
+    args: argparse.Namespace,
+    pad_token_id: int,
+    labels: Sequence[str] = LABELS,
+    *,
+    nf4: bool = False,
 ) -> nn.Module:
     names = dict(enumerate(labels))
-    config = AutoConfig.from_pretrained(
-        base, id2label=names, label2id={v: k for k, v in names.items()}, pad_token_id=pad_token_id
-    )
+    options: dict[str, Any] = {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+    options["pad_token_id"] = pad_token_id
     if args.base_dropout is not None:
-        for name in config.to_dict():
-            if "dropout" in name or name.endswith("pdrop"):
-                setattr(config, name, args.base_dropout)
-    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(base, config=config)
+        known = AutoConfig.from_pretrained(base).to_dict()
+        dropouts = [name for name in known if "dropout" in name or name.endswith("pdrop")]
+        options |= dict.fromkeys(dropouts, args.base_dropout)
+    if nf4:
+        return quantised.load_nf4(AutoModelForSequenceClassification, base, **options)
+    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(base, **options)
+    return model
+
+
+def build(
+    base: Path, args: argparse.Namespace, pad_token_id: int, labels: Sequence[str] = LABELS
+) -> nn.Module:
+    is_nf4 = args.method == "qlora"
+    model = load(base, args, pad_token_id, labels, nf4=is_nf4)
+    methods.adapt(model, "lora" if is_nf4 else args.method, lora_config(model, args))
     return model
 
 
@@ -128,10 +159,12 @@ def lora_config(model: nn.Module, args: argparse.Namespace) -> LoraConfig:
     )
 
 
-def evaluation(dev: Sequence[training.Example], pad_token_id: int) -> training.Evaluate:
+def evaluation(
+    dev: Sequence[training.Example], pad_token_id: int, subject: str = "dev"
+) -> training.Evaluate:
     def evaluate(model: nn.Module) -> tuple[Measurement, ...]:
         answers = training.class_logits(model, dev, pad_token_id).argmax(-1)
-        return scoring.classification(np.array([label for _, label in dev]), answers)
+        return scoring.classification(np.array([label for _, label in dev]), answers, subject)
 
     return evaluate
 
@@ -165,9 +198,4 @@ def encode(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
-    except (lora_export.LoraExportError, OSError) as error:
-        sys.exit(f"Error: {error}")
+    training.run(main)

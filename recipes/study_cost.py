@@ -13,6 +13,7 @@ Writes metrics.jsonl and, last, run.json to --out, as the training recipes do. `
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import random
@@ -34,6 +35,7 @@ from transformers import AutoModelForSequenceClassification
 import lora_export
 from lora_export import LoraConfig, bases, environment, heads, methods, storage
 from lora_export.compare import median_interval
+from lora_export.quantised import load_nf4
 from lora_export.records import Measurement
 
 STATUS = Path("/proc/self/status")
@@ -79,6 +81,9 @@ def main() -> None:
 
 def memory(args: argparse.Namespace) -> list[Measurement]:
     """Return the growth of this process at its peak, and what the optimizer holds."""
+    if args.method == "qlora":
+        with suppress(ImportError):  # which is refused later, with what to do
+            importlib.import_module("bitsandbytes")  # a library is none of what a method needs
     gc.collect()
     forget_peak()
     before = environment.resident_memory()
@@ -125,7 +130,10 @@ def stepping(
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]:
     """Return a model that `method` trains, its optimizer, and a function that takes one step."""
     base = bases.find(args.base)
-    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(base.path)
+    if method == "qlora":
+        model, method = load_nf4(AutoModelForSequenceClassification, base.path), "lora"
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(base.path)
     methods.adapt(model, method, LoraConfig(rank=args.rank, modules_to_save=heads(model)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

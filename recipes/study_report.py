@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -148,6 +148,7 @@ class Run:
     why: str = ""
     measurements: Sequence[Mapping[str, Any]] = ()
     verdicts: Sequence[Mapping[str, Any]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def get(self, name: str, subject: str | None = None) -> float | None:
         """Return the value of the first measurement of this name."""
@@ -172,6 +173,11 @@ class Group:
     def first(self) -> Run:
         """A run of it, for what all of them share."""
         return self.runs[0]
+
+    @property
+    def steps(self) -> int:
+        """How many steps of training each of its runs took."""
+        return max(int(one["step"]) for one in self.first.measurements if "step" in one)
 
     @property
     def label(self) -> str:
@@ -240,6 +246,13 @@ class Study:
             if run.recipe == recipe and run.state == "finished":
                 found.setdefault(run.setting, []).append(run)
         return [Group(name, tuple(runs)) for name, runs in found.items()]
+
+    def budgets(self) -> dict[int, list[Group]]:
+        """Return the settings on sentences that can be compared, by their number of steps."""
+        found: dict[int, list[Group]] = {}
+        for group in self.groups("sst2"):
+            found.setdefault(group.steps, []).append(group)
+        return {steps: groups for steps, groups in found.items() if len(groups) > 1}
 
     def group(self, recipe: str, setting: str) -> Group | None:
         """Return one setting, where it has finished runs."""
@@ -313,6 +326,16 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{number(100 * value, digits)} %"
 
 
+def significant(value: float) -> str:
+    """Return a number with three significant digits, and no exponent."""
+    return np.format_float_positional(value, 3, fractional=False, trim="-")
+
+
+def share(group: Group) -> str:
+    """Return the share of the parameters that a setting trains, in percent."""
+    return f"{significant(100 * group.share)} %"
+
+
 def seeds(group: Group) -> str:
     """Return how many runs a figure is from."""
     return f"{len(group.runs)} seeds" if len(group.runs) > 1 else "1 seed"
@@ -348,10 +371,11 @@ def table_of(study: Study, recipe: str) -> Table:
             (
                 group.label,
                 group.first.words,
+                f"{group.steps:,}",
                 str(len(group.runs)),
                 *scores,
                 number(group.parameters, 0),
-                percent(group.share, 2),
+                share(group),
                 size(group.state_bytes),
                 ratios(group.state_predicted, group.state_bytes, full, "state"),
                 size(group.file_bytes),
@@ -361,6 +385,7 @@ def table_of(study: Study, recipe: str) -> Table:
     columns = (
         "setting",
         "arguments",
+        "steps",
         "seeds",
         *(score.name + (", %" if score.unit else "") for score in SCORES[recipe]),
         "trained parameters",
@@ -379,13 +404,13 @@ def ratios(predicted: float, measured: float, full: Group | None, kind: str) -> 
         return ""
     wholes = getattr(full, f"{kind}_predicted"), getattr(full, f"{kind}_bytes")
     pair = predicted / wholes[0], measured / wholes[1]
-    return ", ".join(f"{value:.4f}" for value in pair)
+    return ", ".join(map(significant, pair))
 
 
 def csv_table(study: Study) -> str:
     """Return one row for each setting of every recipe, in plain numbers; bytes are bytes."""
     scores = [score.name for recipe in SCORES.values() for score in recipe]
-    columns = ["recipe", "setting", "method", "arguments", "seeds"]
+    columns = ["recipe", "setting", "method", "arguments", "steps", "seeds"]
     columns += [f"{name}{end}" for name in scores for end in ("", " low", " high")]
     columns += ["trainable parameters", "share"]
     for what in ("optimizer state", "checkpoint"):
@@ -403,6 +428,7 @@ def csv_table(study: Study) -> str:
                 "setting": group.id,
                 "method": group.first.method,
                 "arguments": group.first.words,
+                "steps": group.steps,
                 "seeds": len(group.runs),
                 "trainable parameters": int(group.parameters),
                 "share": group.share,
@@ -436,25 +462,36 @@ class Plot:
 
 def plots_of(study: Study) -> Iterator[Plot]:
     """Draw what there is data for."""
-    drawings: tuple[tuple[str, str, Callable[[Study], Figure | None]], ...] = (
-        ("learning", "Loss and accuracy over the steps of training, by method", learning),
-        ("parameters", "Accuracy against the number of trained parameters", by_parameters),
-        ("cost", "Memory and time of a training step, by method", costs),
-        ("latency", "Latency of the unmerged, the merged and the exported model", latencies),
-        ("generation", "Perplexity and ROUGE-L over the steps of training", generation),
-    )
-    for name, description, draw in drawings:
-        if (figure := draw(study)) is not None:
+    figures: list[tuple[str, str, Figure | None]] = []
+    for steps, groups in study.budgets().items():
+        budget = f"{steps:,} steps of training"
+        for name, text, figure in (
+            ("learning", "Loss and accuracy over the steps", learning(study, groups)),
+            ("parameters", "Accuracy against the trained parameters", by_parameters(groups)),
+        ):
+            figures.append((f"{name}-{steps}", f"{text}: {budget}", figure))
+            if figure is not None:
+                figure.suptitle(budget, fontsize=10)
+    text = "Memory and time of a training step, by method"
+    figures.append(("cost", text, costs(study)))
+    text = "Latency of the unmerged, the merged and the exported model"
+    figures.append(("latency", text, latencies(study)))
+    text = "Perplexity and ROUGE-L over the steps of training"
+    figures.append(("generation", text, generation(study)))
+    for name, text, figure in figures:
+        if figure is not None:
             file = io.StringIO()
             figure.savefig(file, format="svg", metadata={"Date": None})
-            yield Plot(name, description, file.getvalue())
+            yield Plot(name, text, file.getvalue())
 
 
-def learning(study: Study) -> Figure | None:
-    """Draw the curves of one setting of each method, on sentences."""
-    groups = list({group.first.method: group for group in reversed(study.groups("sst2"))}.values())
+def learning(study: Study, groups: Sequence[Group]) -> Figure | None:
+    """Draw the curves of one setting of each method."""
+    first: dict[str, Group] = {}
+    for group in groups:
+        first.setdefault(group.first.method, group)
     panels = (("loss", "training loss, nats", 1), ("accuracy", "accuracy on dev, %", 100))
-    return curves(study, groups[::-1], panels)
+    return curves(study, [*first.values()], panels)
 
 
 def generation(study: Study) -> Figure | None:
@@ -489,11 +526,8 @@ def curves(
     return figure
 
 
-def by_parameters(study: Study) -> Figure | None:
+def by_parameters(groups: Sequence[Group]) -> Figure:
     """Draw accuracy over trained parameters, with intervals where there are seeds."""
-    groups = study.groups("sst2")
-    if not groups:
-        return None
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     drawn: dict[str, int] = {}
@@ -519,15 +553,15 @@ def costs(study: Study) -> Figure | None:
     """Draw memory and time of a step as bars."""
     memory, state = study.cost("peak memory growth"), study.cost("optimizer state")
     panels = [
-        ("growth of a fresh process, MB", {k: v / MB for k, v in memory.items()}, "linear"),
-        ("optimizer state, MB", {k: v / MB for k, v in state.items()}, "log"),
-        ("step time, full fine-tuning = 1", study.cost("step time ratio"), "linear"),
+        ("growth of a fresh process, MB", {k: v / MB for k, v in memory.items()}),
+        ("optimizer state, MB", {k: v / MB for k, v in state.items()}),
+        ("step time, full fine-tuning = 1", study.cost("step time ratio")),
     ]
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH, 2.1 * len(panels)), layout="constrained")
-    for axes, (label, values, scale) in zip(
+    for axes, (label, values) in zip(
         figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
     ):
         names = [name for name in COLOURS if name in values][::-1]
@@ -543,7 +577,7 @@ def costs(study: Study) -> Figure | None:
             names, [values[n] for n in names], color=[COLOURS[n] for n in names], xerr=error
         )
         axes.bar_label(bars, texts, padding=4)
-        axes.set(xlabel=label, xscale=scale)
+        axes.set(xlabel=label)
         axes.margins(x=0.2)
         axes.grid(axis="y", visible=False)
     return figure
@@ -590,7 +624,8 @@ def sections_of(study: Study, plots: Mapping[str, Plot]) -> list[Section]:
     """Return the page, top to bottom; sections with nothing to say are left out."""
 
     def section(title: str, said: Iterable[str], *names: str, **more: Any) -> Section:
-        return Section(title, list(said), [plots[n] for n in names if n in plots], **more)
+        shown = [plot for name, plot in plots.items() if name.startswith(names)] if names else []
+        return Section(title, list(said), shown, **more)
 
     missing = list(not_reached(study))
     nothing = "Nothing: every planned run is finished, and every aim that applies is reached."
@@ -657,11 +692,11 @@ def how_good(study: Study) -> Iterator[str]:
     yield (
         f"LoRA minus full fine-tuning is {(gap * 100).text(2, ' points')}"
         f"{'' if gap.is_single else ' (Welch, which takes the two for independent)'}: "
-        f"{'within' if is_within else 'not within'} {100 * WITHIN:.1f} points of full fine-tuning. "
-        f"{spread}"
+        f"{'within' if is_within else 'not within'} {100 * WITHIN:.1f} points of full fine-tuning"
+        f"{', or better' if is_within else ''}. {spread}"
     )
     yield (
-        f"For that LoRA trains {number(lora.parameters, 0)} parameters, {percent(lora.share, 2)} "
+        f"For that LoRA trains {number(lora.parameters, 0)} parameters, {share(lora)} "
         f"of all; full fine-tuning {number(full.parameters, 0)}."
     )
     if best := best_run(study):
@@ -718,26 +753,42 @@ def how_small(study: Study) -> Iterator[str]:
         f"counter for every tensor. For {LORA} that makes {size(lora.state_predicted)}; measured "
         f"were {size(lora.state_bytes)}. For full fine-tuning it makes "
         f"{size(full.state_predicted)}; measured were {size(full.state_bytes)}. The ratio is "
-        f"{lora.state_predicted / full.state_predicted:.4f} predicted, "
-        f"{lora.state_bytes / full.state_bytes:.4f} measured."
+        f"{significant(lora.state_predicted / full.state_predicted)} predicted, "
+        f"{significant(lora.state_bytes / full.state_bytes)} measured."
     )
     yield (
         f"What has to be kept is 4 bytes for each trained parameter: {size(lora.file_predicted)} "
         f"for {LORA} ({size(lora.file_bytes)} on disk, the rest is a description), "
         f"{size(full.file_predicted)} for the full model ({size(full.file_bytes)} on disk, with "
         f"its configuration and tokenizer). The ratio is "
-        f"{lora.file_predicted / full.file_predicted:.4f} predicted, "
-        f"{lora.file_bytes / full.file_bytes:.4f} measured."
+        f"{significant(lora.file_predicted / full.file_predicted)} predicted, "
+        f"{significant(lora.file_bytes / full.file_bytes)} measured."
     )
     yield (
-        "The plot shows each setting's accuracy over the number of parameters it trains; the axis "
-        "is logarithmic: from one grid line to the next it is ten times as many."
+        "A plot shows each setting's accuracy over the number of parameters it trains; the axis is "
+        "logarithmic: from one grid line to the next it is ten times as many. Only settings that "
+        "were trained for as many steps are compared."
     )
+    for steps, groups in study.budgets().items():
+        known = [(value, group) for group in groups if (value := group.estimate("accuracy"))]
+        told = [
+            f"{group.label} {percent(value.value)} ({share(group)} of the parameters"
+            f"{', single run' if value.is_single else ''})"
+            for value, group in sorted(known, key=lambda pair: -pair[0].value)
+        ]
+        yield f"Accuracy after {steps:,} steps, best first: {'; '.join(told)}."
 
 
 def what_it_costs(study: Study) -> Iterator[str]:
     """Say what memory and time a step takes, by method."""
     memory, times = study.cost("peak memory growth"), study.cost("step time ratio")
+    shapes = {
+        f"{run.settings['batch_size']} rows of {run.settings['length']} tokens"
+        for run in study.runs
+        if run.recipe == "cost" and run.settings
+    }
+    if shapes:
+        yield f"Measured on batches of {' and '.join(sorted(shapes))}, made at random."
     if "full" in memory:
         others = [
             f"{name} {size(value)} ({value / memory['full']:.2f} of full fine-tuning)"
@@ -747,8 +798,8 @@ def what_it_costs(study: Study) -> Iterator[str]:
         yield (
             "Memory: by how much a fresh process grows, at its peak, while it loads the model and "
             f"takes some steps. Full fine-tuning {size(memory['full'])}; {'; '.join(others)}. The "
-            "model itself and what a step computes on its way are in all of these; the gradients "
-            "and the optimizer's state of frozen parameters are what is saved."
+            "model itself and what a step computes on its way are in all of these; only gradients "
+            "and optimizer state of frozen parameters can be saved."
         )
     if times:
         low, high = (study.cost(f"step time ratio, {end}") for end in ("low", "high"))
@@ -791,6 +842,10 @@ def what_merging_does(study: Study) -> Iterator[str]:
             )
             + "."
         )
+    accuracies = [m for m in proof.measurements if m["name"] == "accuracy"]
+    if accuracies:
+        shares = [f"{one['subject']} {percent(one['value'], 2)}" for one in accuracies]
+        yield f"Accuracy on the dev sentences: {'; '.join(shares)} (idle: with the adapter off)."
     passed = sum(v["status"] == "pass" for v in proof.verdicts)
     bad = [
         f"{v['check']} of {v['subject']}: {v['status']}"
@@ -813,17 +868,17 @@ def writing(study: Study) -> Iterator[str]:
     yield (
         "A small language model"
         f"{f' ({number(made, 0)} parameters)' if made else ''} was made and pretrained here on the "
-        "sentences of SST-2, then taught to follow instructions about them. Perplexity is how "
-        "many words it wavers between, on average, before each word of the right answer: lower is "
-        "better. ROUGE-L and exact match compare what it writes with the right answer: higher is "
-        "better."
+        "sentences of SST-2, then taught to follow instructions about them. Perplexity is how many "
+        "tokens (words or pieces of them) it wavers between, on average, before each token of the "
+        "right answer: lower is better. ROUGE-L and exact match compare what it writes with the "
+        "right answer: higher is better."
     )
     for group in groups.values():
         scores = [
             f"{one.name} {(v * one.factor).text(one.digits, one.unit)}" for one, v in group.scores()
         ]
-        share = percent(group.share, 2)
-        yield f"{group.label} ({seeds(group)}, {share} of the parameters): {', '.join(scores)}."
+        who = f"{group.label} ({seeds(group)}, {share(group)} of the parameters)"
+        yield f"{who}: {', '.join(scores)}."
     lora, full = groups.get(f"answers-{LORA}"), groups.get(WHOLE["causal_lm"])
     if lora and full:
         gaps = []
@@ -832,7 +887,7 @@ def writing(study: Study) -> Iterator[str]:
                 gap = difference(lora.values(score.name), theirs) * score.factor
                 unit = " points" if score.unit else ""
                 gaps.append(f"{score.name} {gap.text(score.digits, unit)}")
-        yield f"LoRA minus full fine-tuning (Welch): {'; '.join(gaps)}."
+        yield f"LoRA minus full fine-tuning (Welch, where there are seeds): {'; '.join(gaps)}."
 
 
 def all_settings(study: Study) -> Iterator[str]:
@@ -858,7 +913,7 @@ def not_reached(study: Study) -> Iterator[str]:
         if not lora.share <= MOST_SHARE:
             yield (
                 f"at most {percent(MOST_SHARE)} of the parameters trained: {LORA} trains "
-                f"{percent(lora.share, 2)}"
+                f"{share(lora)}"
             )
     best = best_run(study)
     if study.about["preset"] == "full" and (best is None or best[1] < BEST):

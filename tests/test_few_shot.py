@@ -71,7 +71,7 @@ def test_a_sample_is_balanced_and_part_of_a_larger_one_of_its_seed(recipe):
 
 
 def test_every_method_has_a_learning_rate(recipe):
-    assert recipe.RATES.keys() == set(recipe.methods.METHODS)
+    assert recipe.RATES.keys() == set(recipe.sst2.METHODS)
 
 
 def test_a_class_with_too_few_sentences_is_refused(recipe, run):
