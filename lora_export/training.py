@@ -233,11 +233,11 @@ def _asked_of_the_launcher() -> int:
     from accelerate.commands import launch
 
     words = psutil.Process().parent().cmdline()
-    start = next((at for at, word in enumerate(words, 1) if Path(word).stem.endswith("launch")), 0)
     try:
+        start = next(at for at, word in enumerate(words, 1) if Path(word).stem.endswith("launch"))
         given = launch.launch_command_parser().parse_args(words[start:])
         asked, *_ = launch._validate_launch_command(given)
-    except (SystemExit, ValueError) as error:
+    except (StopIteration, SystemExit, ValueError) as error:
         raise InputError(
             "accelerate launch was asked for several processes on CPUs and started one; "
             "use: torchrun --nproc-per-node N RECIPE"
@@ -388,6 +388,7 @@ class _Loop:
         if not label_count(examples):
             raise InputError("there is nothing to learn from: no example has a label")
         processes()
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.per_epoch = math.ceil(len(examples) / settings.batch_size)
         self.total = settings.max_steps or self.per_epoch * settings.epochs
         if settings.gradient_checkpointing:
@@ -446,6 +447,11 @@ class _Loop:
                 self.evaluate(evaluate, recent)
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         _make_whole(self.model)
+        if self.shapes != {name: p.shape for name, p in self.model.named_parameters()}:
+            raise InputError(
+                "the parameters are still sharded over the processes, so they cannot be saved; "
+                "use FSDP2, or a ZeRO stage below 3"
+            )
         if settings.patience and history.best is not None:
             load_trained(self.model, self.folder / BEST)
 

@@ -59,8 +59,6 @@ class Setting:
 
 
 # fmt: off
-# One of these differs from the next in one thing alone.
-SHORT = "--limit 20000 --epochs 1 --evaluate-every 104"
 MATRIX = (
     Setting("lora-8", "sst2", "lora", "--rank 8 --lr 1e-3", quick=3, full=3, tiny=1),
     Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=1),
@@ -81,7 +79,7 @@ MATRIX = (
     # instructions about them.
     Setting("text", "text", "", quick=1, full=1, tiny=1),
     Setting("fresh", "fresh", "", quick=1, full=1, tiny=1, needs="text"),
-    Setting("pretrained", "pretraining", "full", "--lr 2e-3", quick=1, full=1, tiny=1,
+    Setting("pretrained", "pretraining", "full", "--lr 3e-3", quick=1, full=1, tiny=1,
             needs="fresh"),
     Setting("answers-lora-8", "causal_lm", "lora", "--rank 8 --lr 5e-3", quick=1, full=3, tiny=1,
             needs="pretrained-seed-0"),
@@ -130,9 +128,10 @@ PRESETS = {
     },
     "full": {
         "sst2": "--epochs 2 --evaluate-every 200 --matmul-precision medium",
-        "short": "--limit 20000 --epochs 1 --evaluate-every 104",
-        "pretraining": "--epochs 3 --evaluate-every 200",
-        "causal_lm": "--epochs 1 --evaluate-every 200",
+        "short": "--limit 20000 --epochs 1 --evaluate-every 104 --matmul-precision medium",
+        "pretraining": "--epochs 1 --batch-size 8 --evaluate-every 400",
+        "causal_lm": "--batch-size 32 --max-steps 900 --evaluate-every 300 --answers 256 "
+        "--max-new-tokens 40",
     },
 }
 ALONE = ("cost", "proof")  # recipes that measure time or memory: nothing else runs meanwhile

@@ -341,6 +341,34 @@ def test_sharded_parameters_are_whole_again(tmp_path):
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 4
 
 
+def test_parameters_that_stay_sharded_are_refused(tmp_path, monkeypatch):
+    def shard(model):
+        model.inner.bias = nn.Parameter(model.inner.bias.detach()[:3])
+
+    monkeypatch.setattr(training, "_make_whole", shard)
+    with pytest.raises(InputError, match="still sharded over the processes"):
+        _fit(tmp_path)
+
+
+def test_the_launcher_for_cpus_is_asked_how_many_processes_it_was_to_start(monkeypatch):
+    import psutil
+
+    started = []
+    monkeypatch.setattr(training.os, "execv", lambda path, words: started.append(words))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    words = ["python", "bin/accelerate", "launch", "--cpu", "--num_processes", "3", "recipe.py"]
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: words)
+    training.run(lambda: None)
+    assert started[0][started[0].index("--nproc-per-node") + 1] == "3"
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: ["bash"])
+    with pytest.raises(SystemExit, match="use: torchrun"):
+        training.run(lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # started by a launcher that does it
+    training.run(lambda: None)
+    assert len(started) == 1
+
+
 # ---------------------------------------------------------------- settings and what is written
 
 
