@@ -234,7 +234,9 @@ def _asked_of_the_launcher() -> int:
 
     words = psutil.Process().parent().cmdline()
     try:
-        start = next(at for at, word in enumerate(words, 1) if Path(word).stem.endswith("launch"))
+        start = next(
+            at for at, word in enumerate(words, 1) if word.removesuffix(".py").endswith("launch")
+        )
         given = launch.launch_command_parser().parse_args(words[start:])
         asked, *_ = launch._validate_launch_command(given)
     except (StopIteration, SystemExit, ValueError) as error:

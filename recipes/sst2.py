@@ -19,12 +19,13 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads give the core back
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -54,15 +55,20 @@ def arguments() -> argparse.Namespace:
     add("--data", default="stanfordnlp/sst2", help="folder with train.tsv and dev.tsv, or hub id")
     add("--out", type=Path, default=Path("out/sst2"), help="directory")
     add("--method", default="lora", choices=METHODS, help="qlora: lora over a base in NF4")
+    add_model_arguments(parser)
+    add("--limit", type=int, default=0, help="train on this many sentences only (0: all)")
+    training.add_arguments(parser)
+    return parser.parse_args()
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--rank", type=int, default=8)
     add("--alpha", type=float, default=16.0)
     add("--dropout", type=float, default=0.0, help="before A, in training")
     add("--base-dropout", type=float, help="of the base's own layers; its configuration says else")
     add("--targets", default="all-linear", help="comma-separated names, globs or re: expressions")
     add("--max-length", type=int, default=128, help="tokens; longer sentences are cut")
-    add("--limit", type=int, default=0, help="train on this many sentences only (0: all)")
-    training.add_arguments(parser)
-    return parser.parse_args()
 
 
 def main() -> None:
@@ -89,24 +95,20 @@ def main() -> None:
         print(f"base: {args.base} ({base.origin}); {len(train)} training sentences, {len(dev)} dev")
         print(trainable_parameters(model))
 
-    def evaluate(model: nn.Module) -> tuple[Measurement, ...]:
-        answers = training.class_logits(model, dev, tokenizer.pad_token_id).argmax(-1)
-        return scoring.classification(splits[1][1], answers.tolist())
-
     history = training.fit(
         model, train, settings,
-        pad=tokenizer.pad_token_id, evaluate=evaluate, folder=args.out, resume=args.resume,
+        pad=tokenizer.pad_token_id, evaluate=evaluation(dev, tokenizer.pad_token_id),
+        folder=args.out, resume=args.resume,
         identity={k: description[k] for k in ("method", "base", "data_sha256", "options")},
     )  # fmt: skip
+    whole = model
+    after: Sequence[Measurement] = ()
+    if args.method == "qlora":  # the file names the base that it is merged into: the whole one
+        whole = load(base.path, args, tokenizer.pad_token_id)
+        attach(whole, extract(model))
+        after = evaluation(dev, tokenizer.pad_token_id, "dev, whole base")(whole)
     if training.is_main_process():
         known = {"base": BaseRef(id=base.id), "labels": LABELS, "task_type": "SEQ_CLS"}
-        whole = model
-        after: tuple[Measurement, ...] = ()
-        if args.method == "qlora":  # the file names the base that it is merged into: the whole one
-            whole = load(base.path, args, tokenizer.pad_token_id)
-            attach(whole, extract(model))
-            answers = training.class_logits(whole, dev, tokenizer.pad_token_id).argmax(-1)
-            after = scoring.classification(splits[1][1], answers.tolist(), "dev, whole base")
         method = "lora" if args.method == "qlora" else args.method
         saved = methods.save(whole, method, args.out, training=description, **known)
         if saved.is_dir():
@@ -118,9 +120,14 @@ def main() -> None:
 
 
 def load(
-    base: Path, args: argparse.Namespace, pad_token_id: int, *, nf4: bool = False
+    base: Path,
+    args: argparse.Namespace,
+    pad_token_id: int,
+    labels: Sequence[str] = LABELS,
+    *,
+    nf4: bool = False,
 ) -> nn.Module:
-    names = dict(enumerate(LABELS))
+    names = dict(enumerate(labels))
     options: dict[str, Any] = {"id2label": names, "label2id": {v: k for k, v in names.items()}}
     options["pad_token_id"] = pad_token_id
     if args.base_dropout is not None:
@@ -135,18 +142,33 @@ def load(
     return model
 
 
-def build(base: Path, args: argparse.Namespace, pad_token_id: int) -> nn.Module:
+def build(
+    base: Path, args: argparse.Namespace, pad_token_id: int, labels: Sequence[str] = LABELS
+) -> nn.Module:
     is_nf4 = args.method == "qlora"
-    model = load(base, args, pad_token_id, nf4=is_nf4)
-    lora = LoraConfig(
+    model = load(base, args, pad_token_id, labels, nf4=is_nf4)
+    methods.adapt(model, "lora" if is_nf4 else args.method, lora_config(model, args))
+    return model
+
+
+def lora_config(model: nn.Module, args: argparse.Namespace) -> LoraConfig:
+    return LoraConfig(
         rank=args.rank,
         alpha=args.alpha,
         dropout=args.dropout,
         targets=tuple(args.targets.split(",")),
         modules_to_save=heads(model),
     )
-    methods.adapt(model, "lora" if is_nf4 else args.method, lora)
-    return model
+
+
+def evaluation(
+    dev: Sequence[training.Example], pad_token_id: int, subject: str = "dev"
+) -> training.Evaluate:
+    def evaluate(model: nn.Module) -> tuple[Measurement, ...]:
+        answers = training.class_logits(model, dev, pad_token_id).argmax(-1)
+        return scoring.classification(np.array([label for _, label in dev]), answers, subject)
+
+    return evaluate
 
 
 # ---------------------------------------------------------------- data
