@@ -68,7 +68,7 @@ def inject(model: nn.Module, config: LoraConfig) -> tuple[str, ...]:
     """
     if lora_layers(model):
         raise InputError("the model has LoRA layers already; detach or merge them first")
-    saved = _parameters_of(model, config.modules_to_save)
+    saved = parameters_of(model, config.modules_to_save)
     chosen = _chosen(model, config)
     if unsafe := _unsafe(model, chosen):
         raise InputError(listed("cannot adapt", unsafe))
@@ -278,9 +278,12 @@ def trainable_parameters(model: nn.Module) -> ParameterCount:
     lora = _factor_ids(lora_layers(model))
     counts = {"lora": 0, "saved": 0, "total": 0}
     for parameter in model.parameters():
-        counts["total"] += parameter.numel()
+        # A packed weight counts as what it stands for.
+        packing = getattr(parameter, "quant_state", None)
+        size = parameter.numel() if packing is None else packing.shape.numel()
+        counts["total"] += size
         if parameter.requires_grad:
-            counts["lora" if id(parameter) in lora else "saved"] += parameter.numel()
+            counts["lora" if id(parameter) in lora else "saved"] += size
     return ParameterCount(**counts)
 
 
@@ -380,7 +383,8 @@ def _uncalled_faults(model: nn.Module, path: str) -> list[str]:
     return [_uncalled(path)] if isinstance(owner, nn.MultiheadAttention) else []
 
 
-def _parameters_of(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...]:
+def parameters_of(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of all parameters of `modules`; raise `InputError` where one is missing."""
     known = dict(model.named_modules())
     if missing := [name for name in modules if name not in known]:
         raise InputError(
@@ -408,6 +412,8 @@ def _misfits(model: nn.Module, adapter: Adapter, others: Sequence[str]) -> list[
             faults.append(f"{path}: no linear module (near: {nearest(path, linear)})")
             continue
         faults += _unsafe(model, [path])
+        if (pair.magnitude is None) == ("dora" in adapter.variant.split("+")):
+            faults.append(f"{path}: a magnitude and the variant {adapter.variant} do not agree")
         if shape != (pair.b.shape[0], pair.a.shape[1]):
             faults.append(
                 f"{path}: adapter is for (out, in) {(pair.b.shape[0], pair.a.shape[1])}, "

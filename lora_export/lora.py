@@ -60,7 +60,9 @@ class LoraLayer(nn.Module, abc.ABC):
             nn.init.normal_(self.lora_A, std=1 / self.rank)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        start = variants.magnitude(config.variant, matrix)
+        # In half precision squares would vanish, and the rows be off by what rounding costs.
+        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        start = variants.magnitude(config.variant, wide)
         vector = None if start is None else nn.Parameter(start)
         self.register_parameter("lora_magnitude_vector", vector)
         have_called(self)

@@ -11,12 +11,13 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_export import publishing
 from lora_export.adapter import save_adapter
 from lora_export.config import TRAINABLE, LoraConfig
 from lora_export.errors import AdapterMismatch, InputError, listed
-from lora_export.injection import inject
+from lora_export.injection import inject, parameters_of
 
 _WHOLE: dict[str, Callable[[str], bool]] = {
     "full": lambda name: True,
@@ -39,9 +40,9 @@ def adapt(model: nn.Module, method: str, config: LoraConfig) -> None:
         return
     if method not in _WHOLE:
         raise InputError(f"method is {method!r}; expected one of {', '.join(METHODS)}")
-    inside = tuple(f"{module}." for module in config.modules_to_save)
+    whole = parameters_of(model, config.modules_to_save)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_WHOLE[method](name) or name.startswith(inside))
+        parameter.requires_grad_(_WHOLE[method](name) or name in whole)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"{method} leaves nothing to train: the model has no such parameter")
 
@@ -68,10 +69,15 @@ def save(model: nn.Module, method: str, folder: Path, **about: Any) -> Path:
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of the trainable parameters of `model` by name, on the CPU."""
     return {
-        name: parameter.detach().to("cpu", copy=True).contiguous()
+        name: _whole(parameter.detach()).to("cpu", copy=True).contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return `tensor`, gathered from all processes where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def load_trained(model: nn.Module, path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from lora_export.errors import InputError, first_line
+from lora_export.lora import LoraLinear4bit, layer_class, shape_of
 
 BLOCK = 64  # weights that share a scale
 EXTRA = "pip install 'lora-export[qlora]'"
@@ -47,7 +48,7 @@ def load_nf4(
     ragged = [
         path
         for path, module in blank.named_modules()
-        if isinstance(module, nn.Linear) and module.in_features % BLOCK
+        if (shape := shape_of(module)) and shape[1] % BLOCK
     ]
     packing = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -59,6 +60,8 @@ def load_nf4(
     model: nn.Module = model_class.from_pretrained(
         path, config=config, dtype=dtype, quantization_config=packing, **rest
     )
+    if not any(layer_class(module) is LoraLinear4bit for module in model.modules()):
+        raise InputError("no layer of this base can be held in 4 bits: rows are too short")
     modules: Iterator[Any] = model.modules()
     for module in modules:
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -38,7 +39,12 @@ from lora_export.records import Array, Measurement
 try:
     import accelerate
     from accelerate.state import AcceleratorState
-    from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+    from accelerate.utils import (
+        GradientAccumulationPlugin,
+        broadcast_object_list,
+        gather_object,
+        parse_flag_from_env,
+    )
 except ImportError as error:
     raise InputError("training needs accelerate; install lora-export[recipes]") from error
 
@@ -92,6 +98,13 @@ class Settings:
         for name in ("weight_decay", "patience", "max_steps"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for one in fields(self):
+            choices = one.metadata.get("choices")
+            if choices and getattr(self, one.name) not in choices:
+                raise InputError(
+                    f"{one.name} is {getattr(self, one.name)!r}; expected one of "
+                    f"{', '.join(choices)}"
+                )
         if not 0 <= self.warmup < 1:
             raise InputError(f"warmup is {self.warmup}; expected 0 <= warmup < 1")
 
@@ -102,7 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     for one in fields(Settings):
         name, default = f"--{one.name.replace('_', '-')}", defaults.get(one.name, one.default)
         if isinstance(one.default, bool):
-            group.add_argument(name, action="store_true", help=one.metadata["help"])
+            group.add_argument(
+                name, action="store_true", default=default, help=one.metadata["help"]
+            )
             continue
         group.add_argument(
             name,
@@ -132,7 +147,14 @@ class History:
     seconds: float = 0.0  # evaluations and checkpoints included
     best: float | None = None  # of the monitored measurement
     stale: int = 0  # evaluations since then
+    kept: int = -1  # which of the evaluations is that of the weights that the training ends with
     optimizer_bytes: int = 0
+    peak_memory: int = 0  # bytes
+
+    @property
+    def final(self) -> tuple[int, list[Measurement]]:
+        """The step of the weights that the training ends with, and what was measured there."""
+        return self.evaluations[self.kept]
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values: a checkpoint is read without running code."""
@@ -178,7 +200,7 @@ def label_count(batch: Iterable[Example]) -> int:
     Of a sequence of labels the first counts for nothing: nothing comes before it.
     """
     return sum(
-        1 if isinstance(label, int) else sum(one != IGNORED for one in label[1:])
+        label != IGNORED if isinstance(label, int) else sum(one != IGNORED for one in label[1:])
         for _, label in batch
     )
 
@@ -219,7 +241,7 @@ def run(main: Callable[[], None]) -> None:
             os.execv(sys.executable, [sys.executable, *command, *sys.argv])
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
+        sys.exit("stopped; the same command with --resume goes on, if there is a checkpoint yet")
     except (LoraExportError, OSError) as error:
         sys.exit(f"Error: {error}")
 
@@ -281,9 +303,7 @@ def class_logits(
     def answer(logits: Tensor, labels: Tensor) -> list[Any]:
         return list(logits.float().cpu().numpy())
 
-    return torch.stack(
-        [torch.from_numpy(row) for row in _answers(model, examples, pad, batch_size, answer)]
-    ).numpy()
+    return np.stack(_answers(model, examples, pad, batch_size, answer))
 
 
 def likelihood(
@@ -354,8 +374,9 @@ def fit(
         resume: Go on from the checkpoint: to the same bits, on one process.
 
     Raises:
-        InputError: there is nothing to resume, or it is of another training; there are no labels;
-            the loss is no longer finite; the processes do not know of each other.
+        InputError: there is nothing to resume, or it is of another training, or `folder` is not
+            empty; an example has no label; the loss is no longer finite; the precision is none of
+            this machine; the processes do not know of each other.
     """
     loop = _Loop(model, examples, settings, pad, folder, {**asdict(settings), **identity}, resume)
     before = torch.get_float32_matmul_precision()
@@ -384,20 +405,33 @@ class _Loop:
         resume: bool,
     ) -> None:
         self.model, self.examples, self.settings, self.pad = model, examples, settings, pad
-        self.folder, self.settled = folder, settled
-        if resume:
-            _check_same(folder / CHECKPOINT, settled)
-        if not label_count(examples):
-            raise InputError("there is nothing to learn from: no example has a label")
+        self.folder = folder
         processes()
+        self.settled = {**settled, "frozen": _digest_of_frozen(model)}
+        if resume:
+            _check_same(folder, self.settled)
+        elif folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"{folder} is not empty; --resume goes on with a stopped run, or choose another "
+                "--out"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if unlabelled := sum(not label_count([example]) for example in examples):
+            raise InputError(f"{unlabelled} of {len(examples)} examples have no label to learn")
+        if not examples:
+            raise InputError("there are no examples to learn from")
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.per_epoch = math.ceil(len(examples) / settings.batch_size)
         self.total = settings.max_steps or self.per_epoch * settings.epochs
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        # The plugin, because an environment variable overrides the plain number.
+        cut = GradientAccumulationPlugin(num_steps=settings.accumulate)
         self.accelerator = accelerate.Accelerator(
-            mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulate
+            mixed_precision=settings.precision, gradient_accumulation_plugin=cut
         )
+        if settings.precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise InputError("fp16 needs a GPU, Accelerate would ignore it; on a CPU use bf16")
         optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.lr)
         # Not given to `prepare`, which would let it advance once for each process.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_lr)
@@ -456,13 +490,13 @@ class _Loop:
             )
         if settings.patience and history.best is not None:
             load_trained(self.model, self.folder / BEST)
+            self.accelerator.wait_for_everyone()  # the file goes when the run is written
+        history.peak_memory = environment.peak_memory()
 
     def step(self, batch: Sequence[Example]) -> None:
         """Take one step on a global batch."""
         began, accelerator = time.monotonic(), self.accelerator
         labels_in_all = label_count(batch)
-        if not labels_in_all:
-            raise InputError("a batch has no label to learn from; leave such examples out")
         parts = accelerator.num_processes * self.settings.accumulate
         total = torch.zeros((), device=accelerator.device)
         for part in range(accelerator.process_index, parts, accelerator.num_processes):
@@ -513,15 +547,18 @@ class _Loop:
         """Keep what is trained where the monitored measurement is the best so far."""
         history, monitor = self.history, self.settings.monitor
         value = next((one.value for one in found if one.name == monitor), None)
+        names = [one.name for one in found]
+        if value is None and f"{monitor} undefined" in names:  # see `scoring`
+            value = math.nan  # better than nothing is only what is a number
         if value is None:
-            names = ", ".join(one.name for one in found)
-            raise InputError(f"--monitor is {monitor!r}; the evaluation gives {names}")
+            raise InputError(f"--monitor is {monitor!r}; the evaluation gives {', '.join(names)}")
         is_loss = monitor in ("loss", "perplexity")
         if history.best is None or (value < history.best if is_loss else value > history.best):
-            history.best, history.stale = value, 0
+            history.best, history.stale, history.kept = value, 0, len(history.evaluations) - 1
+            weights = trained(self.model)
             if self.accelerator.is_main_process:
                 with publishing.staged(self.folder / BEST, overwrite=True) as place:
-                    save_file(trained(self.model), place)
+                    save_file(weights, place)
             self.accelerator.wait_for_everyone()
         else:
             history.stale += 1
@@ -530,7 +567,8 @@ class _Loop:
         """Tell who follows from outside how far the training is."""
         seconds = time.monotonic() - self.started
         told = {"step": self.history.step, "total": self.total, "loss": loss, "seconds": seconds}
-        storage.write_json(self.folder / PROGRESS, told)
+        with publishing.staged(self.folder / PROGRESS, overwrite=True) as place:
+            storage.write_json(place, told)
 
 
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -566,7 +604,10 @@ def _bytes_of(optimizer: Any) -> int:
 # ---------------------------------------------------------------- checkpoints
 
 
-def _check_same(checkpoint: Path, settled: Mapping[str, Any]) -> None:
+def _check_same(folder: Path, settled: Mapping[str, Any]) -> None:
+    checkpoint = folder / CHECKPOINT
+    if (folder / "run.json").is_file():
+        raise InputError(f"nothing to resume: the run in {folder} is finished")
     if not (checkpoint / "settings.json").is_file():
         raise InputError(f"nothing to resume: there is no {checkpoint}")
     kept = storage.read_json(checkpoint / "settings.json")
@@ -582,9 +623,21 @@ def _check_same(checkpoint: Path, settled: Mapping[str, Any]) -> None:
 def _drop_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
     """Leave out of a checkpoint what training does not change; called by Accelerate."""
     for model, state in zip(models, weights, strict=False):  # sharded models come without
-        kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for name in state.keys() - kept:
-            del state[name]
+        known = model.named_parameters(remove_duplicate=False)
+        frozen = tuple(name for name, parameter in known if not parameter.requires_grad)
+        for name in list(state):
+            # What a packed weight is unpacked with lies below its name.
+            if name in frozen or name.startswith(tuple(f"{one}." for one in frozen)):
+                del state[name]
+
+
+def _digest_of_frozen(model: nn.Module) -> str:
+    """Return a digest of the parameters that training leaves as they are: of the base."""
+    kept = ((n, p.detach().to("cpu")) for n, p in model.named_parameters() if not p.requires_grad)
+    return storage.fingerprint(
+        (name, str(value.dtype), value.shape, value.flatten().view(torch.uint8).numpy().tobytes())
+        for name, value in kept
+    ).sha256
 
 
 def _keep(accelerator: Any, checkpoint: Path, settled: Mapping[str, Any]) -> None:
@@ -622,7 +675,7 @@ def resources(model: nn.Module, history: History, saved: Path) -> tuple[Measurem
         Measurement("trainable parameters", "model", counts.trainable, "count", 1),
         Measurement("parameters", "model", counts.total, "count", 1),
         Measurement("optimizer state", "AdamW", history.optimizer_bytes, "B", 1),
-        Measurement("peak memory", "CPU, resident", environment.peak_memory(), "B", 1),
+        Measurement("peak memory", "CPU, resident", history.peak_memory, "B", 1),
         Measurement("step time median", "train", float(times.median()), "s", len(times)),
         Measurement("step time p90", "train", float(times.quantile(0.9)), "s", len(times)),
         Measurement("checkpoint size", saved.name, sum(f.stat().st_size for f in files), "B", 1),
@@ -636,7 +689,7 @@ def resources(model: nn.Module, history: History, saved: Path) -> tuple[Measurem
 
 def about(recipe: str, method: str, settings: Settings, **identity: Any) -> dict[str, Any]:
     """Return what a run is to be known by: command, settings, versions, machine; no path."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    words = [_without_folders(word) for word in sys.argv[1:]]
     return {
         "recipe": recipe,
         "method": method,
@@ -647,6 +700,11 @@ def about(recipe: str, method: str, settings: Settings, **identity: Any) -> dict
         "processes": processes().num_processes,
         "machine": environment.describe(torch.get_num_threads()),
     }
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def write(
@@ -665,6 +723,9 @@ def write(
         for step, loss in enumerate(history.losses, start=1)
     ]
     rows += [(step, one) for step, found in history.evaluations for one in found]
+    if history.kept != -1:  # not the last ones: again, so that the last line is of what is saved
+        step, found = history.final
+        rows += [(step, one) for one in found]
     rows += [(history.step, one) for one in measurements]
     with publishing.staged(folder / "metrics.jsonl", overwrite=True) as place:
         lines = [json.dumps({**asdict(one), "step": step}) for step, one in rows]

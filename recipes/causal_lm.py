@@ -148,7 +148,7 @@ def train(args: argparse.Namespace) -> None:
             tokenizer.save_pretrained(saved)
         measured = training.resources(model, history, saved)
         training.write(args.out, description, history, measured)
-        found = history.evaluations[-1][1] if history.evaluations else []
+        found = history.final[1]
         print(*(f"{one.subject} {one.name} {one.value:.4f}" for one in found), sep="\n")
         print(f"{history.seconds / 60:.1f} min: {saved}")
     if args.generate is not None:

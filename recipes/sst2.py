@@ -32,6 +32,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from lora_export import (
     BaseRef,
+    InputError,
     LoraConfig,
     attach,
     bases,
@@ -81,8 +82,10 @@ def main() -> None:
     base = bases.find(args.base)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     splits = list(load_data(args.data))
+    if strange := {label for _, labels in splits for label in labels} - set(range(len(LABELS))):
+        raise InputError(f"{args.data} has labels {strange}; expected 0 and 1")
     train, dev = (encode(tokenizer, *split, args.max_length) for split in splits)
-    train = random.Random(args.seed).sample(train, args.limit or len(train))
+    train = random.Random(args.seed).sample(train, min(args.limit or len(train), len(train)))
     model = build(base.path, args, tokenizer.pad_token_id)
     left_out = {"base", "data", "out", "resume", "method", *vars(settings)}
     description = training.about(
@@ -115,7 +118,7 @@ def main() -> None:
             tokenizer.save_pretrained(saved)
         measured = training.resources(model, history, saved)
         training.write(args.out, description, history, (*after, *measured))
-        found = "  ".join(f"{one.name} {one.value:.4f}" for one in history.evaluations[-1][1])
+        found = "  ".join(f"{one.name} {one.value:.4f}" for one in history.final[1])
         print(f"dev {found} in {history.seconds / 60:.1f} min: {saved}")
 
 
@@ -179,8 +182,13 @@ def load_data(source: str) -> Iterator[tuple[list[str], list[int]]]:
     folder = Path(source)
     if folder.is_dir():
         for name in ("train", "dev"):
-            with (folder / f"{name}.tsv").open(encoding="utf-8", newline="") as file:
+            path = folder / f"{name}.tsv"
+            with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+            if not rows or not {"sentence", "label"} <= rows[0].keys():
+                raise InputError(
+                    f"{path}: expected columns sentence and label, and rows below them"
+                )
             yield [row["sentence"] for row in rows], [int(row["label"]) for row in rows]
         return
     try:
@@ -195,6 +203,9 @@ def load_data(source: str) -> Iterator[tuple[list[str], list[int]]]:
 def encode(
     tokenizer: Any, texts: list[str], labels: list[int], longest: int
 ) -> list[training.Example]:
+    if longest < 3:
+        raise InputError(f"--max-length is {longest}; expected room for a word and its marks")
+    longest = min(longest, tokenizer.model_max_length)
     ids = tokenizer([t.strip() for t in texts], truncation=True, max_length=longest)["input_ids"]
     return list(zip(ids, labels, strict=True))
 

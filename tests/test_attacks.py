@@ -171,6 +171,7 @@ def test_a_file_that_is_swapped_while_a_run_measures_fails(adapter, tmp_path, qu
     assert ("intact", "files") in failed
 
 
+@pytest.mark.slow
 def test_a_span_model_is_exported_with_both_ends(tiny_base, fill, tmp_path, quick):
     model = transformers.BertForQuestionAnswering.from_pretrained(tiny_base)
     inject(model, LoraConfig(modules_to_save=heads(model)))

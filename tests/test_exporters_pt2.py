@@ -76,6 +76,7 @@ def test_the_file_declares_its_axes_itself(classifier, decoder):
         assert artifact.facts["metadata"] == ABOUT
 
 
+@pytest.mark.slow
 def test_it_runs_where_transformers_cannot_be_imported(classifier, tmp_path):
     model, signature, path = classifier
     given = arrays(2, 5, "left")
