@@ -406,7 +406,8 @@ class _Loop:
     ) -> None:
         self.model, self.examples, self.settings, self.pad = model, examples, settings, pad
         self.folder = folder
-        processes()
+        if processes().device.type == "cpu" and settings.precision == "fp16":
+            raise InputError("fp16 needs a GPU, Accelerate would ignore it; on a CPU use bf16")
         self.settled = {**settled, "frozen": _digest_of_frozen(model)}
         if resume:
             _check_same(folder, self.settled)
@@ -430,8 +431,6 @@ class _Loop:
         self.accelerator = accelerate.Accelerator(
             mixed_precision=settings.precision, gradient_accumulation_plugin=cut
         )
-        if settings.precision == "fp16" and self.accelerator.device.type == "cpu":
-            raise InputError("fp16 needs a GPU, Accelerate would ignore it; on a CPU use bf16")
         optimizer = torch.optim.AdamW(_groups(model, settings.weight_decay), lr=settings.lr)
         # Not given to `prepare`, which would let it advance once for each process.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_lr)
@@ -549,11 +548,11 @@ class _Loop:
         value = next((one.value for one in found if one.name == monitor), None)
         names = [one.name for one in found]
         if value is None and f"{monitor} undefined" in names:  # see `scoring`
-            value = math.nan  # better than nothing is only what is a number
+            value = math.nan  # never the best
         if value is None:
             raise InputError(f"--monitor is {monitor!r}; the evaluation gives {', '.join(names)}")
-        is_loss = monitor in ("loss", "perplexity")
-        if history.best is None or (value < history.best if is_loss else value > history.best):
+        is_loss, best = monitor in ("loss", "perplexity"), history.best
+        if not math.isnan(value) and (best is None or (value < best if is_loss else value > best)):
             history.best, history.stale, history.kept = value, 0, len(history.evaluations) - 1
             weights = trained(self.model)
             if self.accelerator.is_main_process:

@@ -129,8 +129,16 @@ def test_a_fresh_layer_with_a_magnitude_computes_what_its_base_does_up_to_roundi
     assert found.dtype == dtype
     assert (np.abs(_float64(found) - expected) < 2 * torch.finfo(dtype).eps * size).all()
     lengths = np.linalg.norm(weight, axis=1)
-    eps = torch.finfo(dtype).eps
-    np.testing.assert_allclose(_float64(layer.lora_magnitude_vector), lengths, rtol=eps)
+    np.testing.assert_allclose(_float64(layer.lora_magnitude_vector), lengths, rtol=1e-6)
+
+
+@DORA
+def test_the_squares_of_small_half_precision_weights_do_not_vanish(variant):
+    base = nn.Linear(64, 8).half()
+    with torch.no_grad():
+        base.weight.normal_(0, 1e-4, generator=torch.Generator().manual_seed(0))
+    layer = LoraLinear.over(base, LoraConfig(2, variant=variant))
+    np.testing.assert_allclose(_float64(layer._gain()), 1, rtol=1e-5)
 
 
 @DORA

@@ -16,11 +16,13 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
 
-from lora_export import LoraConfig, inject, merge, read_adapter, save_adapter
+from lora_export import LoraConfig, inject, merge, read_adapter, save_adapter, trainable_parameters
 from lora_export.errors import InputError
 from lora_export.injection import attach, describe, detach, extract, lora_layers, shape_of
 from lora_export.lora import LoraLinear4bit, layer_class
@@ -151,6 +153,31 @@ def test_the_shape_of_a_packed_layer_is_that_of_its_matrix(packed):
     layer = packed.bert.encoder.layer[0].intermediate.dense
     assert layer.weight.dtype == torch.uint8
     assert shape_of(layer) == (128, 64)
+
+
+def test_packed_weights_count_as_what_they_stand_for(whole, packed):
+    assert trainable_parameters(trained(packed)) == trainable_parameters(trained(whole()))
+
+
+def test_a_transposed_layer_whose_rows_are_no_whole_number_of_blocks_is_not_packed(tmp_path):
+    def packed_of(width):
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=width, n_layer=1, n_head=2, n_positions=8)
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / f"{width}")
+        model = load_nf4(AutoModelForCausalLM, tmp_path / f"{width}")
+        return {path for path, m in model.named_modules() if layer_class(m) is LoraLinear4bit}
+
+    assert packed_of(96) == {"transformer.h.0.mlp.c_proj"}  # of 384 columns
+    assert "transformer.h.0.attn.c_attn" in packed_of(128)
+
+
+def test_a_base_of_which_nothing_can_be_packed_is_refused(tmp_path):
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=96,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no layer of this base can be held in 4 bits"):
+        load_nf4(BertForSequenceClassification, tmp_path)
 
 
 def test_a_fresh_layer_computes_what_the_packed_one_does(packed):

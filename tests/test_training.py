@@ -140,7 +140,8 @@ def test_a_batch_in_micro_batches_gives_the_same_curve(tmp_path, by_token):
     """13 parts of at most 10 examples: some of one example, some of none."""
     examples = _examples(by_token=by_token)
     curves = [
-        _fit(tmp_path, Tiny(by_token), examples, accumulate=cut)[1].losses for cut in (1, 3, 13)
+        _fit(tmp_path / f"{cut}", Tiny(by_token), examples, accumulate=cut)[1].losses
+        for cut in (1, 3, 13)
     ]
     assert len(curves[0]) == 8
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
@@ -150,14 +151,14 @@ def test_a_batch_in_micro_batches_gives_the_same_curve(tmp_path, by_token):
 def test_the_mean_of_the_parts_means_would_be_another_curve(tmp_path, monkeypatch):
     """The negative control of the one above: each part divided by its own labels."""
     examples = _examples(by_token=True)
-    whole = _fit(tmp_path, Tiny(True), examples)[1].losses
+    whole = _fit(tmp_path / "whole", Tiny(True), examples)[1].losses
     real = training.loss_sum
 
     def own_mean(logits, labels):
         return real(logits, labels) / (labels[:, 1:] != IGNORED).sum() * 5
 
     monkeypatch.setattr(training, "loss_sum", own_mean)
-    cut = _fit(tmp_path, Tiny(True), examples, accumulate=3)[1].losses
+    cut = _fit(tmp_path / "cut", Tiny(True), examples, accumulate=3)[1].losses
     assert np.abs(np.subtract(cut, whole)).max() > 1e-2
 
 
@@ -237,6 +238,32 @@ def test_a_checkpoint_of_other_settings_is_refused_and_says_which(tmp_path):
         _fit(tmp_path, resume=True, lr=0.01)
 
 
+def test_a_checkpoint_over_another_base_is_refused(tmp_path):
+    def model(seed):
+        made = Tiny(seed=seed)
+        made.embedding.requires_grad_(False)
+        return made
+
+    _fit(tmp_path, model(0))
+    with pytest.raises(InputError, match="other settings: frozen was"):
+        _fit(tmp_path, model(1), resume=True)
+    assert _fit(tmp_path, model(0), resume=True)[1].step == 8
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match="is not empty; --resume goes on with a stopped run"):
+        _fit(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_resuming_a_finished_run_says_so(tmp_path):
+    _, history = _fit(tmp_path)
+    training.write(tmp_path, {}, history, [])
+    with pytest.raises(InputError, match="is finished"):
+        _fit(tmp_path, resume=True)
+
+
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(InputError, match="nothing to resume"):
         _fit(tmp_path, resume=True)
@@ -256,6 +283,10 @@ def test_early_stopping_ends_the_training_and_keeps_the_best(tmp_path):
 
     model, history = _fit(tmp_path, evaluate=evaluate, epochs=9, patience=2)
     assert (history.step, history.best) == (12, 0.9)
+    assert (history.final[0], history.final[1][0].value) == (6, 0.9)
+    training.write(tmp_path, {}, history, [])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (rows[-1]["name"], rows[-1]["value"], rows[-1]["step"]) == ("accuracy", 0.9, 6)
     last = seen.pop()
     assert all(torch.equal(seen[1][name], p) for name, p in model.named_parameters())
     assert not all(torch.equal(last[name], p) for name, p in model.named_parameters())
@@ -279,6 +310,18 @@ def test_of_a_perplexity_the_lower_is_the_better(tmp_path):
     assert history.step == 12
 
 
+def test_a_monitored_metric_that_is_undefined_is_not_better(tmp_path):
+    values = iter([None, 0.5, None, None])
+
+    def evaluate(model):
+        value = next(values)
+        name = "accuracy" if value else "accuracy undefined"
+        return [Measurement(name, "dev", value or 1, "share", 1)]
+
+    _, history = _fit(tmp_path, evaluate=evaluate, patience=2, epochs=9)
+    assert (history.step, history.best, history.final[0]) == (12, 0.5, 6)
+
+
 def test_a_monitor_that_is_not_measured_is_refused(tmp_path):
     with pytest.raises(InputError, match="--monitor is 'F2'; the evaluation gives accuracy"):
         _fit(tmp_path, evaluate=_falling([1.0]), patience=1, monitor="F2")
@@ -294,14 +337,54 @@ def test_a_loss_that_is_no_number_ends_it_and_is_never_kept(tmp_path):
 
 
 def test_nothing_to_learn_from_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no example has a label"):
-        _fit(tmp_path, Tiny(True), [([1, 2], [IGNORED, IGNORED])])
+    with pytest.raises(InputError, match="1 of 2 examples have no label"):
+        _fit(tmp_path, Tiny(True), [([1, 2], [IGNORED, IGNORED]), ([1, 2], [IGNORED, 2])])
+    with pytest.raises(InputError, match="no examples"):
+        _fit(tmp_path, examples=[])
 
 
 def test_bfloat16_trains_and_the_model_is_as_before(tmp_path):
     model, history = _fit(tmp_path, precision="bf16", epochs=20)
     assert history.losses[-1] < history.losses[0]
     assert model(torch.tensor([[1, 2]]), torch.ones(1, 2)).logits.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="on a CPU alone it is refused")
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    """Accelerate ignores it there without a word, and the run would be recorded as fp16."""
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
+        _fit(tmp_path, precision="fp16")
+
+
+def test_a_variable_of_the_environment_does_not_change_the_cut(tmp_path, monkeypatch):
+    plain = _fit(tmp_path / "plain")[1].losses
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert _fit(tmp_path / "with")[1].losses == plain
+
+
+def test_running_statistics_are_part_of_a_checkpoint(tmp_path):
+    class Normed(Tiny):
+        def __init__(self, seed=0):
+            super().__init__(seed=seed)
+            self.norm = nn.BatchNorm1d(CLASSES)
+
+        def forward(self, input_ids, attention_mask):
+            return SimpleNamespace(
+                logits=self.norm(super().forward(input_ids, attention_mask).logits)
+            )
+
+    whole, _ = _fit(tmp_path / "whole", Normed())
+    calls = []
+
+    def stop(model):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return []
+
+    with pytest.raises(KeyboardInterrupt):
+        _fit(tmp_path / "stopped", Normed(), evaluate=stop)
+    assert _same_bits(_fit(tmp_path / "stopped", Normed(5), resume=True)[0], whole)
 
 
 def test_the_precision_of_products_is_put_back(tmp_path):
@@ -373,7 +456,15 @@ def test_the_launcher_for_cpus_is_asked_how_many_processes_it_was_to_start(monke
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"warmup": 1.0}, {"patience": -1}]
+    "wrong",
+    [
+        {"epochs": 0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"warmup": 1.0},
+        {"patience": -1},
+        {"precision": "half"},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong):
     with pytest.raises(InputError, match=f"{next(iter(wrong))} is"):
@@ -384,6 +475,9 @@ def test_every_setting_is_an_option_and_comes_back():
     parser = argparse.ArgumentParser()
     training.add_arguments(parser, lr=0.5)
     assert training.settings_of(parser.parse_args([])) == Settings(lr=0.5)
+    other = argparse.ArgumentParser()
+    training.add_arguments(other, gradient_checkpointing=True)
+    assert training.settings_of(other.parse_args([])).gradient_checkpointing
     words = ["--gradient-checkpointing", "--precision", "bf16", "--max-steps", "7"]
     expected = replace(Settings(lr=0.5), gradient_checkpointing=True, precision="bf16", max_steps=7)
     assert training.settings_of(parser.parse_args(words)) == expected
@@ -398,11 +492,14 @@ def test_the_optimizer_holds_what_the_formula_says(tmp_path):
     assert history.optimizer_bytes == 8 * sum(p.numel() for p in trained) + 4 * len(trained)
 
 
-def test_a_run_leaves_its_metrics_and_no_checkpoint(tmp_path):
+def test_a_run_leaves_its_metrics_and_no_checkpoint(tmp_path, monkeypatch):
     examples = _examples()
     model, history = _fit(tmp_path, evaluate=_accuracy(examples))
     saved = methods.save(model, "head", tmp_path)
+    words = ["sst2.py", "--out=/home/me/out", "--base", "/home/me/base", "--lr=3"]
+    monkeypatch.setattr(sys, "argv", words)
     about = training.about("sst2", "head", Settings(), base="b")
+    assert about["command"] == "python recipes/sst2.py --out=out --base base --lr=3"
     training.write(tmp_path, about, history, training.resources(model, history, saved))
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"trained.safetensors", "metrics.jsonl", "run.json"}
