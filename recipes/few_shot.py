@@ -199,6 +199,8 @@ def load(source: str) -> tuple[Split, Split]:
     """Return sentences and labels to train on, and those of dev."""
     try:
         train, dev = sst2.load_data(source)
+    except InputError:  # a ValueError too, and says what it is
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{source}: expected train.tsv and dev.tsv with the columns sentence and label, "
