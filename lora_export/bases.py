@@ -46,6 +46,12 @@ class Base:
     id: str | None  # None for a directory
     origin: str  # how it was found
 
+    @property
+    def sha256(self) -> str:
+        """One digest over its files of weights."""
+        weights = [one for one in self.path.iterdir() if one.suffix in (".safetensors", ".bin")]
+        return storage.sha256_of(*sorted(weights))
+
 
 def find(base: str, revision: str | None = None) -> Base:
     """Return where the base model `base` (a directory or a hub id) lies on this machine.

@@ -411,7 +411,8 @@ class _Loop:
         self.settled = {**settled, "frozen": _digest_of_frozen(model)}
         if resume:
             _check_same(folder, self.settled)
-        elif folder.exists() and any(folder.iterdir()):
+        # What a run that was stopped before its first checkpoint leaves is worth nothing.
+        elif folder.exists() and {one.name for one in folder.iterdir()} - {BEST, PROGRESS}:
             raise InputError(
                 f"{folder} is not empty; --resume goes on with a stopped run, or choose another "
                 "--out"

@@ -5,7 +5,7 @@
 The base is a hub id or a directory: OPT, GPT-2, Llama or their like. The data is a file of
 
   .txt    documents, one on each line (--whole: the file is one), ended by the end token, joined and
-          cut into blocks of --length tokens; every token is learned
+          cut into blocks of --length tokens; all of a block but its first token is learned
   .jsonl  instructions, one JSON object on each line: {"instruction", "input" (may be absent),
           "output"}, {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}, whose last
           message is the answer and which goes through the tokenizer's chat template, if it has one;
@@ -33,6 +33,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     settings = training.settings_of(args)
+    for name in ("length", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name} is {getattr(args, name)}; expected at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     base = bases.find(args.base)
@@ -117,12 +121,17 @@ def train(args: argparse.Namespace) -> None:
     model = build(base.path, args)
     length = min(args.length, model.config.max_position_embeddings)
     items, dev = load(args, tokenizer, length)
+    prompt: list[int] = []
+    if args.generate is not None:  # refused now, not after hours
+        prompt = prompt_like(args.data, args.generate, tokenizer)
+        room(model, prompt, args.max_new_tokens)
     pad = padding_of(tokenizer)
     files = [file for file in (args.data, args.dev) if file]
     left_out = {"base", "data", "dev", "out", "resume", "method", "generate", *vars(settings)}
     description = training.about(
         "causal_lm", args.method, settings,
         base=base.id or base.path.name,
+        base_sha256=base.sha256,
         data_sha256=hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
         options={name: value for name, value in vars(args).items() if name not in left_out},
     )  # fmt: skip
@@ -136,10 +145,11 @@ def train(args: argparse.Namespace) -> None:
         texts = written(model, tokenizer, [one.prompt for one in asked], args.max_new_tokens)
         return [scoring.perplexity(nats, tokens), *scored(asked, texts)]
 
+    identity = ("method", "base", "base_sha256", "data_sha256", "options")
     history = training.fit(
         model, [(one.ids, one.labels) for one in items], settings,
         pad=pad, evaluate=evaluate, folder=args.out, resume=args.resume,
-        identity={k: description[k] for k in ("method", "base", "data_sha256", "options")},
+        identity={name: description[name] for name in identity},
     )  # fmt: skip
     if training.is_main_process():
         about = {"base": BaseRef(id=base.id), "training": description}
@@ -152,7 +162,6 @@ def train(args: argparse.Namespace) -> None:
         print(*(f"{one.subject} {one.name} {one.value:.4f}" for one in found), sep="\n")
         print(f"{history.seconds / 60:.1f} min: {saved}")
     if args.generate is not None:
-        prompt = prompt_like(args.data, args.generate, tokenizer)
         text = written(model, tokenizer, [prompt], args.max_new_tokens)[0]
         if training.is_main_process():
             print(f"{args.generate!r} -> {text!r}")
@@ -270,9 +279,10 @@ def text_of(path: Path) -> str:
 
 
 def packed(texts: list[str], tokenizer: Any, length: int) -> list[Item]:
-    """Return blocks of `length` tokens of all texts, the last one shorter; all is learned."""
-    end = tokenizer.eos_token_id
-    stream = [token for ids in tokenizer(texts)["input_ids"] for token in (*ids, end)]
+    """Return blocks of `length` tokens of all texts, the last one shorter."""
+    end = [tokenizer.eos_token_id]
+    documents = tokenizer(texts)["input_ids"]
+    stream = [t for ids in documents for t in ids + end[: ids[-1:] != end]]
     blocks = [stream[start : start + length] for start in range(0, len(stream), length)]
     return [Item(block, block) for block in blocks if len(block) > 1]  # one token asks nothing
 
@@ -321,7 +331,7 @@ def prompt_like(path: Path, prompt: str, tokenizer: Any) -> list[int]:
 
 def encoded(exchanges: list[Exchange], tokenizer: Any) -> list[Item]:
     """Return the examples; of each the response and the end token after it are learned."""
-    end, start = tokenizer.eos_token_id, tokenizer("")["input_ids"]
+    end, start = tokenizer.eos_token_id, start_of(tokenizer)
     prompts, responses = (
         tokenizer(texts, add_special_tokens=False)["input_ids"]
         for texts in ([one.prompt for one in exchanges], [one.response for one in exchanges])
@@ -329,13 +339,27 @@ def encoded(exchanges: list[Exchange], tokenizer: Any) -> list[Item]:
     items = []
     for one, prompt, response in zip(exchanges, prompts, responses, strict=True):
         given = prompt if one.has_specials else [*start, *prompt]
-        learned = response if one.has_specials and end in response else [*response, end]
+        learned = [*takewhile(lambda token: token != end, response), end]
         labels = [training.IGNORED] * len(given) + learned
         items.append(Item(given + learned, labels, one.answer))
     return items
 
 
+def start_of(tokenizer: Any) -> list[int]:
+    """Return what the tokenizer puts before a text; it may put something after it as well."""
+    bare, whole = (tokenizer("a", add_special_tokens=more)["input_ids"] for more in (False, True))
+    return list(whole[: whole.index(bare[0])])
+
+
 # ---------------------------------------------------------------- evaluation
+
+
+def room(model: Any, prompt: Sequence[int], most: int) -> int:
+    """Return how many tokens the model can write after `prompt`, `most` or fewer."""
+    left: int = model.config.max_position_embeddings - len(prompt)
+    if left < 1:
+        raise InputError(f"a prompt of {len(prompt)} tokens leaves no position for an answer")
+    return min(most, left)
 
 
 def padding_of(tokenizer: Any) -> int:
@@ -350,20 +374,25 @@ def written(
 ) -> list[str]:
     """Return what the model writes after each prompt, at most `most` tokens, the likeliest ones.
 
-    Prompts of a batch are padded on the left, so that all go on at the same place. Each process
-    writes a share and gets all.
+    Prompts of a batch are padded on the left, so that all go on at the same place, and have room
+    for equally many tokens, so that none is cut off for another's sake. Each process writes a share
+    and gets all.
     """
     state, pad = training.processes(), padding_of(tokenizer)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    was_training = model.training
+    alike = groupby(order, lambda index: room(model, prompts[index], most))
+    cut = [
+        (new_tokens, together[start : start + batch_size])
+        for new_tokens, together in ((number, list(group)) for number, group in alike)
+        for start in range(0, len(together), batch_size)
+    ]
+    was_training, own_config = model.training, model.generation_config
     model.eval()
+    # What the base's own asks for, `generate` takes wherever a call leaves something open.
+    model.generation_config = transformers.GenerationConfig()
     found: list[tuple[int, str]] = []
-    for indices in cut[state.process_index :: state.num_processes]:
+    for new_tokens, indices in cut[state.process_index :: state.num_processes]:
         longest = len(prompts[indices[-1]])
-        room = model.config.max_position_embeddings - longest
-        if room < 1:
-            raise InputError(f"a prompt of {longest} tokens leaves no position for an answer")
         gaps = [longest - len(prompts[index]) for index in indices]
         rows = [[pad] * gap + prompts[index] for gap, index in zip(gaps, indices, strict=True)]
         made = model.generate(
@@ -371,16 +400,15 @@ def written(
             attention_mask=torch.tensor(
                 [[0] * gap + [1] * (longest - gap) for gap in gaps], device=model.device
             ),
-            max_new_tokens=min(most, room),
+            max_new_tokens=new_tokens,
             do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad,
         )
         texts = tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True)
         found += zip(indices, texts, strict=True)
     model.train(was_training)
+    model.generation_config = own_config
     return [text for _, text in sorted(gather_object(found))]
 
 

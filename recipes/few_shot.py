@@ -49,8 +49,6 @@ RATES = {
     "head": 1e-2,
 }
 MODEL_OPTIONS = ("rank", "alpha", "dropout", "base_dropout", "targets", "max_length")
-# What must be the same for a finished cell to be taken as this one.
-IDENTITY = ("method", "base", "data_sha256", "options")
 Split = tuple[list[str], list[int]]
 
 
@@ -106,6 +104,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     about = {
         "base": base.id or base.path.name,
+        "base_sha256": base.sha256,
         "data_sha256": hashlib.sha256(json.dumps(splits).encode()).hexdigest(),
         "options": {name: getattr(args, name) for name in MODEL_OPTIONS},
     }
@@ -151,7 +150,7 @@ def is_finished(folder: Path, description: Mapping[str, Any]) -> bool:
         return False
     kept = storage.read_json(folder / "run.json")
     now = json.loads(json.dumps(description))
-    for name in (*IDENTITY, "settings"):
+    for name in (*sst2.IDENTITY, "settings"):
         if kept.get(name) != now[name]:
             raise InputError(
                 f"{folder} was written with other settings: {name} was {kept.get(name)!r} "
@@ -182,7 +181,7 @@ def train(
         model, examples, cell.settings,
         pad=pad, evaluate=sst2.evaluation(sst2.encode(tokenizer, *dev, args.max_length), pad),
         folder=cell.folder, resume=(cell.folder / training.CHECKPOINT).is_dir(),
-        identity={name: description[name] for name in IDENTITY},
+        identity={name: description[name] for name in sst2.IDENTITY},
     )  # fmt: skip
     if training.is_main_process():
         trained = trainable_parameters(model).trainable
@@ -200,6 +199,8 @@ def load(source: str) -> tuple[Split, Split]:
     """Return sentences and labels to train on, and those of dev."""
     try:
         train, dev = sst2.load_data(source)
+    except InputError:  # a ValueError too, and says what it is
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{source}: expected train.tsv and dev.tsv with the columns sentence and label, "

@@ -30,6 +30,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     OPTConfig,
@@ -101,7 +102,9 @@ def main() -> None:
     if args.from_config:
         build(args.out / "base", texts, args.layers)
     base = bases.find(str(args.out / "base") if args.from_config else args.model)
-    held = report(claims(base, Sentences.of(base.path, texts), args))
+    asked = Sentences.of(base.path, texts)
+    asked.check_room(base.path, args.new_tokens)
+    held = report(claims(base, asked, args))
     sys.exit(0 if held else 1)
 
 
@@ -277,6 +280,19 @@ class Sentences:
     def prompts(self) -> list[Tensor]:
         """Return the first halves of some sentences."""
         return [ids[:, : max(2, ids.shape[1] // 2)] for ids in self.ids[:8]]
+
+    def check_room(self, folder: Path, new_tokens: int) -> None:
+        """Refuse what the model in `folder` has no positions for."""
+        if new_tokens < 1:
+            raise InputError(f"--new-tokens is {new_tokens}; expected at least 1")
+        positions = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+        written = new_tokens + max(ids.shape[1] for ids in self.prompts)
+        longest = max(written, *(ids.shape[1] for ids in self.ids))
+        if positions is not None and longest > positions:
+            raise InputError(
+                f"{longest} tokens are needed and the model has {positions} positions; shorten "
+                "the texts in --text, or lower --new-tokens"
+            )
 
     @torch.inference_mode()
     def logits(self, model: nn.Module) -> Tensor:

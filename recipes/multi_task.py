@@ -112,6 +112,7 @@ def main() -> None:
     pad = tokenizer.pad_token_id
     about = {
         "base": base.id or base.path.name,
+        "base_sha256": base.sha256,
         "options": {name: getattr(args, name) for name in (*few_shot.MODEL_OPTIONS, "limit")},
     }
     models = over_one_backbone(tasks, base.path, args, pad)
@@ -244,7 +245,7 @@ def train(
         model, examples, settings,
         pad=pad, evaluate=sst2.evaluation(dev, pad), folder=folder,
         resume=args.resume and (folder / training.CHECKPOINT).is_dir(),
-        identity={name: description[name] for name in few_shot.IDENTITY},
+        identity={name: description[name] for name in sst2.IDENTITY},
     )  # fmt: skip
     if training.is_main_process():
         known = {"base": base, "labels": task.labels, "task_type": "SEQ_CLS"}

@@ -45,6 +45,8 @@ from lora_export import (
 from lora_export.injection import extract, trainable_parameters
 from lora_export.records import Measurement
 
+# What must be the same for a training to go on, or to be taken as this one.
+IDENTITY = ("method", "base", "base_sha256", "data_sha256", "options")
 LABELS = ("negative", "positive")
 METHODS = (*methods.METHODS, "qlora")
 
@@ -91,6 +93,7 @@ def main() -> None:
     description = training.about(
         "sst2", args.method, settings,
         base=base.id or base.path.name,
+        base_sha256=base.sha256,
         data_sha256=hashlib.sha256(json.dumps(splits).encode()).hexdigest(),
         options={name: value for name, value in vars(args).items() if name not in left_out},
     )  # fmt: skip
@@ -102,7 +105,7 @@ def main() -> None:
         model, train, settings,
         pad=tokenizer.pad_token_id, evaluate=evaluation(dev, tokenizer.pad_token_id),
         folder=args.out, resume=args.resume,
-        identity={k: description[k] for k in ("method", "base", "data_sha256", "options")},
+        identity={name: description[name] for name in IDENTITY},
     )  # fmt: skip
     whole = model
     after: Sequence[Measurement] = ()

@@ -33,7 +33,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import lora_export
-from lora_export import LoraConfig, bases, environment, heads, methods, storage
+from lora_export import InputError, LoraConfig, bases, environment, heads, methods, storage
 from lora_export.compare import median_interval
 from lora_export.quantised import load_nf4
 from lora_export.records import Measurement
@@ -62,6 +62,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    for name in ("steps", "rounds"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}; expected at least 1")
     torch.manual_seed(args.seed)
     found = ratios(args) if args.ratios else memory(args)
     args.out.mkdir(parents=True, exist_ok=True)

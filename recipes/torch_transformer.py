@@ -48,6 +48,7 @@ Linear = Callable[[int, int], nn.Module]
 Claim = tuple[str, bool, str]  # what is claimed, whether it holds, what was measured
 PADDING, UNKNOWN = 0, 1
 LONGEST = 64  # words; longer texts are cut
+HEADS = 4
 
 
 def arguments() -> argparse.Namespace:
@@ -68,6 +69,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    if args.width < HEADS or args.width % HEADS:
+        raise InputError(f"--width is {args.width}; expected a multiple of {HEADS} heads")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size is {args.batch_size}; expected at least 1")
     warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
     torch.manual_seed(args.seed)
     splits = read(args.data) if args.data else made(args.seed)
@@ -180,10 +185,12 @@ class Classifier(nn.Module):
         self.word = nn.Embedding(words, width, padding_idx=PADDING)
         self.position = nn.Embedding(LONGEST, width)
         layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True
+            width, HEADS, 4 * width, dropout=0.0, activation="gelu", batch_first=True
         )
         self.encoder = (
-            Encoder(width, 4, 2, linear) if encoder == "own" else nn.TransformerEncoder(layer, 2)
+            Encoder(width, HEADS, 2, linear)
+            if encoder == "own"
+            else nn.TransformerEncoder(layer, 2)
         )
         self.head = nn.Linear(width, 2)
 
@@ -209,6 +216,8 @@ def read(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         if not rows or not {"sentence", "label"} <= rows[0].keys():
             raise InputError(f"{folder / name}.tsv needs rows, and the columns sentence and label")
+        if strange := [row["label"] for row in rows if row["label"] not in ("0", "1")]:
+            raise InputError(f"{folder / name}.tsv has a label {strange[0]!r}; expected 0 or 1")
         splits.append([(row["sentence"], int(row["label"])) for row in rows])
     return splits[0], splits[1]
 
@@ -298,6 +307,9 @@ def claims(
     own, whole = plain.state_dict(), adapted.state_dict()
     moved = [n for n in own if not n.startswith("head.") and not torch.equal(own[n], whole[n])]
     yield "the base did not move", not moved, f"{len(moved)} of {len(own)} tensors"
+
+    zero = [path for path, layer in layers.items() if not layer.lora_B.any()]
+    yield "every update was trained", not zero, f"{len(zero)} of {len(layers)} are zero"
 
     kinds = [type(module) for module in merged.modules()]
     same = kinds == [type(module) for module in plain.modules()]

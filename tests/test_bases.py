@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -195,3 +196,13 @@ def test_an_adapter_that_is_nowhere_is_an_input_error(hub_cache, name):
     answer = inspect(name, hub_cache)
     assert answer.returncode == 2
     assert "no adapter at" in answer.stderr
+
+
+def test_the_digest_of_a_base_is_that_of_its_weights(tiny_base, tmp_path):
+    base = bases.Base(tmp_path / "base", None, "directory")
+    shutil.copytree(tiny_base, base.path)
+    whole = bases.find(str(tiny_base)).sha256
+    (base.path / "README.md").write_text("a film")
+    assert base.sha256 == whole
+    (base.path / "model.safetensors").write_bytes(b"other")
+    assert base.sha256 != whole

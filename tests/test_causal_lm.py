@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,8 +189,7 @@ def test_messages_go_through_the_chat_template(recipe, fresh, tmp_path):
     assert item.answer == "You."
     assert tokenizer.decode(item.prompt).endswith("<|user|>And?<|endoftext|>\n<|assistant|>")
     learned = item.ids[len(item.prompt) :]
-    assert tokenizer.decode(learned) == "You.<|endoftext|>\n"
-    assert learned.count(tokenizer.eos_token_id) == 1  # the template's own
+    assert tokenizer.decode(learned) == "You.<|endoftext|>"  # and no line end after it
 
 
 @pytest.mark.parametrize(
@@ -214,6 +214,24 @@ def test_what_the_tokenizer_puts_before_a_text_is_put_before_a_prompt(recipe, fr
     (item,) = recipe.encoded([recipe.Exchange("a", " b", " b")], tokenizer)
     assert item.ids.count(tokenizer.pad_token_id) == 1
     assert item.ids[0] == tokenizer.pad_token_id
+
+
+def test_what_the_tokenizer_puts_after_a_text_is_in_no_prompt_and_ends_no_text_twice(recipe, fresh):
+    for family, before in (("llama", "<|padding|>"), ("opt", "<|endoftext|>"), ("gpt2", "")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(fresh(family))
+        ids = {"<|padding|>": tokenizer.pad_token_id, "<|endoftext|>": tokenizer.eos_token_id}
+        tokenizer.backend_tokenizer.post_processor = (
+            recipe.tokenizers.processors.TemplateProcessing(
+                single=f"{before} $A <|endoftext|>".split(), special_tokens=list(ids.items())
+            )
+        )
+        (item,) = recipe.encoded([recipe.Exchange("a great", " film", " film")], tokenizer)
+        assert tokenizer.decode(item.prompt) == f"{before}a great"
+        assert tokenizer.decode(item.ids) == f"{before}a great film<|endoftext|>"
+        (block,) = recipe.packed(["a", "b"], tokenizer, 20)
+        assert tokenizer.decode(block.ids) == "".join(
+            f"{before}{text}<|endoftext|>" for text in "ab"
+        )
 
 
 def test_an_example_that_is_too_long_is_left_out_whole_and_counted(
@@ -241,6 +259,30 @@ def test_a_batch_padded_on_the_left_answers_as_each_prompt_alone(recipe, fresh, 
         alone = [recipe.written(model, tokenizer, [prompt], most=8)[0] for prompt in prompts]
         assert together == alone
         assert len(set(together)) > 1  # or padding on the wrong side would not show
+
+
+def test_a_long_neighbour_cuts_no_answer_off(recipe, model, tokenizer):
+    prompts = [tokenizer("dull .")["input_ids"], [5] * 126, [7] * 125, [9] * 125]
+    together = recipe.written(model, tokenizer, prompts, most=8)
+    assert together == [recipe.written(model, tokenizer, [one], most=8)[0] for one in prompts]
+    assert len(tokenizer(together[0])["input_ids"]) > 2  # more than the longest has room for
+
+
+def test_answers_follow_nothing_that_the_base_asks_for(recipe, model, tokenizer, monkeypatch):
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    expected = recipe.written(model, tokenizer, prompts, most=8)
+    with torch.no_grad():
+        first = int(model(input_ids=torch.tensor(prompts[:1])).logits[0, -1].argmax())
+    own = transformers.GenerationConfig(
+        min_new_tokens=8, no_repeat_ngram_size=1, suppress_tokens=[first], repetition_penalty=2.0,
+        num_beams=2, do_sample=True,
+    )  # fmt: skip
+    monkeypatch.setattr(model, "generation_config", own)
+    assert recipe.written(model, tokenizer, prompts, most=8) == expected
+    assert model.generation_config is own  # a model that is saved keeps it
+    inputs = {"input_ids": torch.tensor(prompts[:1]), "pad_token_id": 1, "do_sample": False}
+    made = model.generate(**inputs, num_beams=1, max_new_tokens=8)[0, len(prompts[0]) :]
+    assert tokenizer.decode(made, skip_special_tokens=True) != expected[0]  # the control
 
 
 def test_a_prompt_that_leaves_no_position_is_refused(recipe, model, tokenizer):
@@ -311,6 +353,36 @@ def test_a_base_made_here_is_adapted_and_merges(call, fresh, data, family, tmp_p
     out = tmp_path / "merged"
     path = tmp_path / "run" / "adapter.safetensors"
     assert merged_files.merge_files(path, base=str(fresh(family)), out=out).ok
+
+
+def test_full_training_resumes_over_its_own_base_alone(
+    recipe, call, fresh, data, tmp_path, monkeypatch
+):
+    base, other = tmp_path / "a" / "model", tmp_path / "b" / "model"
+    shutil.copytree(fresh("gpt2"), base)
+    shutil.copytree(base, other)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    torch.nn.init.zeros_(model.transformer.wpe.weight)
+    model.save_pretrained(other)
+    text = data / "text.txt"
+    words = ["--data", text, "--method", "full", "--max-steps", 1, "--length", 16]
+    words += ["--out", tmp_path / "out"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.training, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call("--base", base, *words)
+    with pytest.raises(InputError, match="not empty; --resume goes on"):
+        call("--base", base, *words)
+    with pytest.raises(InputError, match="written with other settings: base_sha256 was"):
+        call("--base", other, *words, "--resume")
+    call("--base", base, *words, "--resume")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["base_sha256"]
+    with pytest.raises(InputError, match="nothing to resume: the run in"):
+        call("--base", base, *words, "--resume")
 
 
 @pytest.mark.slow
@@ -405,12 +477,17 @@ def test_other_files_and_empty_texts_are_refused(recipe, tokenizer, tmp_path):
         (["--from-scratch", "gpt2", "--data", "TEXT", "--width", 20], "--width is 20"),
         (["--base", "BASE", "--data", "TEXT", "--dev-share", 0], "0 to evaluate on"),
         (["--base", "BASE", "--data", "TEXT", "--method", "head"], "nothing to train"),
+        (["--base", "BASE", "--data", "TEXT", "--length", 0], "length is 0"),
+        (["--base", "BASE", "--data", "TEXT", "--max-new-tokens", 0], "max_new_tokens is 0"),
+        (["--base", "BASE", "--data", "PAIRS", "--generate", ""], "--generate needs a prompt"),
+        (["--base", "BASE", "--data", "PAIRS", "--generate", "a " * 200], "leaves no position"),
     ],
 )
 def test_a_command_that_cannot_work_says_why(call, fresh, data, tmp_path, words, message):
-    places = {"BASE": fresh("gpt2"), "TEXT": data / "text.txt"}
+    places = {"BASE": fresh("gpt2"), "TEXT": data / "text.txt", "PAIRS": data / "pairs.jsonl"}
     with pytest.raises(InputError, match=message):
         call(*[places.get(word, word) for word in words], "--out", tmp_path / "out")
+    assert not [*tmp_path.rglob("*.json*")]  # nothing was trained first
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(call, fresh, data, tmp_path):

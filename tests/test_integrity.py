@@ -161,6 +161,21 @@ def test_an_untrained_adapter_is_refused(recipe, monkeypatch):
         recipe.main()
 
 
+def test_what_the_model_has_no_positions_for_is_refused(recipe, folder, tmp_path, monkeypatch):
+    (tmp_path / "long.txt").write_text("a great film " * 200)
+    cases = (
+        (["--new-tokens", "0"], "--new-tokens is 0; expected at least 1"),
+        (["--new-tokens", "300"], "the model has 256 positions"),
+        (["--text", str(tmp_path / "long.txt")], "the model has 256 positions; shorten the texts"),
+    )
+    for words, message in cases:
+        monkeypatch.setattr(
+            sys, "argv", ["integrity.py", "--from-config", "--out", str(folder), *words]
+        )
+        with pytest.raises(InputError, match=message):
+            recipe.main()
+
+
 @pytest.mark.slow
 def test_every_claim_holds_up_to_the_export_and_what_was_changed_is_told(
     recipe, outcome, monkeypatch

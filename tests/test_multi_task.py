@@ -98,9 +98,37 @@ def test_a_finished_task_is_not_trained_again_and_one_of_other_settings_is_refus
     )
     run("--resume")
     assert fits == []
+    with pytest.raises(InputError, match="not empty; --resume goes on with a stopped run"):
+        run()
+    fits.clear()
     with pytest.raises(InputError, match="written with other settings: settings was"):
         run("--resume", "--lr", 0.02)
     assert fits == []
+
+
+def test_a_task_that_was_stopped_goes_on_whether_there_was_a_checkpoint_yet_or_not(
+    run, recipe, monkeypatch
+):
+    real, fit, fits = recipe.training.write, recipe.training.fit, []
+    monkeypatch.setattr(
+        recipe.training, "fit", lambda *a, **named: fits.append(named["resume"]) or fit(*a, **named)
+    )
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.training, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.setattr(recipe.training, "write", real)
+    out = run("--resume")
+    assert fits == [False, True, False, False]
+    folder = out / "sentences"
+    for left in [*folder.iterdir()]:
+        left.unlink()
+    (folder / recipe.training.PROGRESS).write_text("{}")
+    run("--resume")
+    assert fits[4:] == [False]
 
 
 def test_an_adapter_under_the_wrong_task_fails(run, recipe, data, monkeypatch):

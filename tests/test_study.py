@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from study_made import ALL, SIZES, rows
 
+from lora_export import InputError
+
 ROOT = Path(__file__).parent.parent
 MADE = f"{Path(__file__).parent}/study_made.py"
 COMMAND = (
@@ -567,3 +569,12 @@ def test_the_same_figures_give_the_same_bytes(made, tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     made(drawn=True)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--ratios", "--rounds", "0"]])
+def test_a_cost_over_nothing_is_refused(recipe, monkeypatch, tmp_path, words):
+    cost = importlib.import_module("study_cost")
+    monkeypatch.setattr(sys, "argv", ["study_cost.py", *words, "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match="is 0; expected at least 1"):
+        cost.main()
+    assert not (tmp_path / "out").exists()

@@ -42,7 +42,7 @@ def start(recipe, tmp_path, monkeypatch):
 def test_every_claim_holds(start, encoder, capsys):
     out = start("--encoder", encoder)
     told = capsys.readouterr().out
-    assert told.count("pass  ") == 9
+    assert told.count("pass  ") == 10
     assert "FAIL" not in told
     adapter = read_adapter(out / "adapter.safetensors")
     assert {pair.rank for pair in adapter.modules.values()} == {2}
@@ -51,6 +51,16 @@ def test_every_claim_holds(start, encoder, capsys):
     names = load_file(out / "merged.safetensors")
     assert names
     assert not [name for name in names if "lora" in name]
+
+
+@pytest.mark.parametrize("option", ["--steps", "--lr"])
+def test_an_update_that_was_not_trained_fails(start, option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        start(option, 0)
+    assert stopped.value.code == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
+    assert [line.split("  ")[1] for line in failed] == ["every update was trained"]
+    assert failed[0].endswith("12 of 12 are zero")
 
 
 def test_lora_learns_the_second_task(start, capsys):
@@ -159,3 +169,23 @@ def test_a_file_without_the_columns_is_refused(start, tmp_path, content):
     (tmp_path / "train.tsv").write_text(content)
     with pytest.raises(InputError, match=r"train\.tsv needs rows, and the columns sentence and"):
         start("--data", tmp_path)
+
+
+@pytest.mark.parametrize("label", ["good", "2", "-1", ""])
+def test_a_label_of_another_kind_is_refused(start, tmp_path, label):
+    (tmp_path / "train.tsv").write_text(f"sentence\tlabel\na film\t1\na plot\t{label}\n")
+    with pytest.raises(InputError, match=rf"train\.tsv has a label '{label}'; expected 0 or 1"):
+        start("--data", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--width", 18, "--width is 18; expected a multiple of 4 heads"),
+        ("--width", 0, "--width is 0"),
+        ("--batch-size", 0, "--batch-size is 0; expected at least 1"),
+    ],
+)
+def test_a_number_that_cannot_work_is_refused(start, option, value, message):
+    with pytest.raises(InputError, match=message):
+        start(option, value)

@@ -269,6 +269,16 @@ def test_resuming_nothing_is_refused(tmp_path):
         _fit(tmp_path, resume=True)
 
 
+def test_a_folder_that_holds_something_is_refused_and_a_stop_before_a_checkpoint_is_not(tmp_path):
+    (tmp_path / training.PROGRESS).write_text("{}")
+    (tmp_path / training.BEST).write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("a film")
+    with pytest.raises(InputError, match="is not empty; --resume goes on"):
+        _fit(tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    _fit(tmp_path)
+
+
 def _falling(values):
     rest = iter(values)
     return lambda model: [Measurement("accuracy", "dev", next(rest), "share", 1)]
