@@ -57,7 +57,8 @@ def page(recipe):
 @pytest.fixture
 def data(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dev.tsv").write_text("sentence\tlabel\na film \t1\n")
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "data" / name).write_text("sentence\tlabel\na film \t1\n")
     return tmp_path / "data"
 
 
@@ -139,7 +140,9 @@ def test_half_a_run_without_a_checkpoint_begins_anew(study):
 
 def test_a_run_of_other_settings_is_refused_and_left_alone(study):
     out = study(*BOTH)
-    with pytest.raises(SystemExit, match="runs of other settings: full-seed-0, full-seed-1; name"):
+    with pytest.raises(
+        SystemExit, match="runs of other settings or data: full-seed-0, full-seed-1; name"
+    ):
         study(BOTH[0], ("full", "full", "--accuracy 0.8", 2, ""))
     assert starts(out, "full-seed-1") == ["anew"]
 
@@ -152,8 +155,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(study, tmp_path, capsys)
     found = lines_of(out)
     assert found["head-seed-0"]["state"] == "failed"
     assert found["full-seed-1"]["state"] == "finished"
-    assert found["head-seed-0"]["why"] == "Error: weights: the loss is not a number"
-    assert "head-seed-0: failed (Error: weights: the loss" in (out / "README.md").read_text()
+    assert found["head-seed-0"]["why"] == "exit code 1: Error: weights: the loss is not a number"
+    assert "head-seed-0: failed (exit code 1: Error: weights" in (out / "README.md").read_text()
     assert "head-seed-0: FAILED, exit code 1" in capsys.readouterr().out
 
 
@@ -205,8 +208,11 @@ def test_a_dry_run_prints_commands_and_runs_nothing(study, tmp_path, capsys):
 
 
 def test_data_that_are_not_there_are_refused(study, data):
-    (data / "dev.tsv").unlink()
-    with pytest.raises(SystemExit, match=r"has no dev.tsv; expected a folder with SST-2"):
+    (data / "train.tsv").write_text("text\tlabel\na film \t1\n")
+    with pytest.raises(SystemExit, match=r"train.tsv has no rows with the columns .*'Get SST-2'"):
+        study(*BOTH)
+    (data / "train.tsv").unlink()
+    with pytest.raises(SystemExit, match=r"train.tsv is missing; README.md says .*'Get SST-2'"):
         study(*BOTH)
 
 
@@ -331,7 +337,7 @@ def test_a_single_value_has_no_interval_and_says_so(page):
     assert page.mean_interval([0.5]).is_single
     assert page.difference([0.5], [0.4, 0.3]).is_single
     assert page.mean_interval([0.5]).text(1) == "0.5 (single run)"
-    assert page.mean_interval([0.5, 0.5]).text(1) == "0.5 [0.5, 0.5]"
+    assert page.mean_interval([0.5, 0.5]).text(1) == "0.5 (all 2 seeds alike)"
     assert page.difference([0.5, 0.5], [0.25, 0.25]).low == 0.25
 
 
@@ -491,6 +497,7 @@ def test_the_proof_is_told_with_what_is_no_pass(made, tmp_path):
             "status": "pass",
             "measured": 0.0,
             "compared": 872,
+            "note": "872 of 872 decisions agree",
         },
     ]
     latency = [
@@ -504,10 +511,10 @@ def test_the_proof_is_told_with_what_is_no_pass(made, tmp_path):
         for name, value in (("unmerged", 20.0), ("merged", 26.0), ("onnx", 10.0))
     ]
     latency.append({"name": "accuracy", "subject": "merged", "value": 0.9})
-    proof = run_of("proof", "lora", measurements=latency, verdicts=[v | verdict for v in verdicts])
+    proof = run_of("proof", "lora", measurements=latency, verdicts=[verdict | v for v in verdicts])
     text = made(more=[proof], drawn=True)
     assert "onnx, batch 1: 0.50 (pass); merged, batch 1: 1.30 (fail)" in text
-    assert "onnx: 0 of 872." in text
+    assert "onnx: 872 of 872 decisions agree (pass)." in text
     assert "Accuracy on the dev sentences: merged 90.00 % (idle: with" in text
     assert (
         "2 of 3 verdicts of `lora-export run` on it are a pass; no pass: latency of merged" in text
