@@ -142,10 +142,12 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     mean, count = float(np.mean(ours) - np.mean(theirs)), min(len(ours), len(theirs))
     if count < 2:
         return Estimate(mean, math.nan, math.nan, count)
-    if not np.ptp(ours) and not np.ptp(theirs):
+    parts = np.array([np.var(values, ddof=1) / len(values) for values in (ours, theirs)])
+    if not parts.any():
         return Estimate(mean, mean, mean, count)
-    found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(CONFIDENCE)
-    return Estimate(mean, float(found.low), float(found.high), count)
+    degrees = parts.sum() ** 2 / (parts**2 / [len(ours) - 1, len(theirs) - 1]).sum()
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, degrees) * math.sqrt(parts.sum())
+    return Estimate(mean, float(mean - half), float(mean + half), count)
 
 
 def binomial(share: float, count: int) -> tuple[float, float]:
@@ -930,7 +932,8 @@ def what_merging_does(study: Study) -> Iterator[str]:
         yield (
             "Answers, held against the unmerged model's: "
             + "; ".join(
-                f"{v['subject']}: {v['note'] or v['status']} ({v['status']})" for v in decided
+                f"{v['subject']}: {', '.join(filter(None, (v['status'], v['note'])))}"
+                for v in decided
             )
             + "."
         )
