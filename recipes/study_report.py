@@ -142,9 +142,9 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     mean, count = float(np.mean(ours) - np.mean(theirs)), min(len(ours), len(theirs))
     if count < 2:
         return Estimate(mean, math.nan, math.nan, count)
-    parts = np.array([np.var(values, ddof=1) / len(values) for values in (ours, theirs)])
-    if not parts.any():
+    if not np.ptp(ours) and not np.ptp(theirs):
         return Estimate(mean, mean, mean, count)
+    parts = np.array([np.var(values, ddof=1) / len(values) for values in (ours, theirs)])
     degrees = parts.sum() ** 2 / (parts**2 / [len(ours) - 1, len(theirs) - 1]).sum()
     half = stats.t.ppf((1 + CONFIDENCE) / 2, degrees) * math.sqrt(parts.sum())
     return Estimate(mean, float(mean - half), float(mean + half), count)
@@ -874,7 +874,8 @@ def what_it_costs(study: Study) -> Iterator[str]:
     }
     if shapes:
         text = f"Measured on batches of {' and '.join(sorted(shapes))}, made at random."
-        trained = {run.settings.get("matmul_precision") for run in study.runs} - {None, "highest"}
+        named = {str(run.settings.get("matmul_precision", "highest")) for run in study.runs}
+        trained = named - {"highest"}
         if trained:
             text += (
                 " All of it is computed in float32, while the trainings above multiply their "
