@@ -752,13 +752,15 @@ def how_good(study: Study) -> Iterator[str]:
     is_within = gap.value >= -WITHIN
     if gap.is_single:
         spread = "From single runs that says little: seeds alone can differ as much."
+    elif gap.low == gap.high:
+        spread = "All seeds say so alike; that is no interval."
     elif (gap.low >= -WITHIN) if is_within else (gap.high < -WITHIN):
         spread = "The whole interval says so."
     else:
         spread = "The interval reaches across that limit: more seeds could show otherwise."
     yield (
         f"LoRA minus full fine-tuning is {(gap * 100).text(2, ' points')}"
-        f"{'' if gap.is_single else ' (Welch, which takes the two for independent)'}: "
+        f"{' (Welch, which takes the two for independent)' if gap.low < gap.high else ''}: "
         f"{'within' if is_within else 'not within'} {100 * WITHIN:.1f} points of full fine-tuning"
         f"{', or better' if is_within else ''}. {spread}"
     )

@@ -531,6 +531,12 @@ def test_an_interval_that_is_decided_is_said_to_be(made):
     )
 
 
+def test_seeds_that_are_all_alike_have_no_interval_that_could_say_anything(made):
+    text = made(lora=(0.9, 0.9), full=(0.9, 0.9))
+    assert "is 0.00 points (all 2 seeds alike): within 1.5 points" in text
+    assert "or better. All seeds say so alike; that is no interval." in text
+
+
 def test_single_runs_are_said_to_be(made):
     text = made(lora=(0.9,), full=(0.9,))
     assert "90.00 % (single run)" in text
