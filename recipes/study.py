@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import fcntl
 import fnmatch
+import hashlib
 import json
 import os
 import re
@@ -56,12 +57,16 @@ class Setting:
     tiny: int = 0
     needs: str = ""  # the run that has to be finished before
     short: bool = False  # whether a preset may give it less training; see PRESETS
+    tried: str = ""  # how its learning rate came to be chosen, where that was by a look at dev
 
 
 # fmt: off
 MATRIX = (
-    Setting("lora-8", "sst2", "lora", "--rank 8 --lr 2e-3", quick=3, full=3, tiny=1),
-    Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=1),
+    Setting("lora-8", "sst2", "lora", "--rank 8 --lr 2e-3", quick=3, full=3, tiny=1,
+            tried="1e-3 was tried first, in the preset full: 88.07 % and 87.96 % of the dev "
+            "sentences (two seeds); 2e-3 was taken after that look at the same sentences"),
+    Setting("full", "sst2", "full", "--lr 1e-4", quick=3, full=3, tiny=1,
+            tried="1e-4 alone was tried"),
     # Each of these differs from short-lora-8 in one thing alone, beside its learning rate.
     Setting("short-lora-8", "sst2", "lora", "--rank 8 --lr 2e-3", full=1, short=True),
     Setting("short-full", "sst2", "full", "--lr 1e-4", full=1, short=True),
@@ -144,6 +149,7 @@ MARKS = {
     "cost": "run.json",
     "proof": "certificate.json",
 }
+DATA = ("train.tsv", "dev.tsv")
 # Name and subject of what is drawn over the steps.
 CURVES = (("loss", "train"), ("accuracy", "dev"), ("perplexity", "dev"), ("ROUGE-L", "dev"))
 MOST_POINTS = 60  # of a curve
@@ -161,7 +167,8 @@ class Job:
     id: str
     folder: Path
     command: tuple[str, ...]
-    identity: tuple[str, ...]  # what decides its result; no path
+    words: str  # how the preset and the setting have it trained
+    identity: tuple[str, ...]  # what decides its result, that of what it needs included; no path
     needs: "Job | None"
 
     @property
@@ -184,7 +191,23 @@ class Job:
         """Whether it wrote what its recipe writes last."""
         if mark := MARKS.get(self.setting.recipe):
             return (self.folder / mark).is_file()
-        return read_json(self.note).get("exit_code") == 0
+        return self.folder.is_dir() and self.exit_code == 0
+
+    @property
+    def exit_code(self) -> int | None:
+        """That of its process; none where it has not ended by itself."""
+        return read_json(self.note).get("exit_code")
+
+    @property
+    def is_other(self) -> bool:
+        """Whether what lies in its folder was begun with other settings."""
+        before = read_json(self.note).get("identity", list(self.identity))
+        return self.folder.is_dir() and before != list(self.identity)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether something lies where its folder is to be that no study noted as its own."""
+        return self.folder.exists() and not self.note.is_file()
 
     @property
     def can_resume(self) -> bool:
@@ -192,11 +215,19 @@ class Job:
         return (self.folder / "checkpoint").is_dir()
 
     @property
+    def why(self) -> str:
+        """How it failed: the exit code, and what it printed last where it ended by itself."""
+        code = self.exit_code or 0
+        said = self.log.read_text("utf-8", errors="replace").strip() if self.log.is_file() else ""
+        shown = said.splitlines()[-TAIL:] if code > 0 else []
+        return f"exit code {code}" + ("".join(f"\n  {line}" for line in shown))
+
+    @property
     def state(self) -> str:
         """Its state in a word."""
         if self.is_finished:
             return "finished"
-        if "exit_code" in read_json(self.note):
+        if self.exit_code or (self.exit_code == 0 and self.folder.is_dir()):
             return "failed"
         return "unfinished" if self.can_resume else "not run"
 
@@ -209,8 +240,8 @@ def arguments() -> argparse.Namespace:
     add("--data", default="data/sst2", help="folder with train.tsv and dev.tsv")
     add("--base", default=BASE, help="directory or hub id of the model that is fine-tuned")
     add("--out", type=Path, default=Path("out/study"))
-    add("--preset", choices=tuple(PRESETS), default="quick", help="tiny is for tests")
-    for name, takes in (("quick", "minutes; the default"), ("full", "hours")):
+    add("--preset", choices=tuple(PRESETS), help="tiny is for tests")
+    for name, takes in (("quick", "minutes; the default of a new study"), ("full", "hours")):
         add(f"--{name}", dest="preset", action="store_const", const=name, help=takes)
     add("--jobs", type=int, default=1, help="runs at once; each gets its share of the cores")
     add("--only", default="*", metavar="GLOB", help="run these alone, as in --only 'lora-*'")
@@ -225,6 +256,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
+    about = read_json(args.out / "about.json")
+    is_told = args.list or args.dry_run or args.report  # of the study that is there
+    args.preset = args.preset or (is_told and about.get("preset")) or "quick"
     jobs = jobs_of(args.preset, args.data, args.base, args.out)
     chosen = [job for job in jobs if fnmatch.fnmatch(job.id, args.only)]
     if not chosen:
@@ -241,13 +275,17 @@ def main() -> None:
     if args.report:
         report(args.out)
         return
-    if not (Path(args.data) / "dev.tsv").is_file():
-        sys.exit(f"{args.data} has no dev.tsv; expected a folder with SST-2 (train.tsv, dev.tsv)")
-    if others := [job.id for job in jobs if has_other_settings(job)]:
+    for name in DATA:
+        check_data(Path(args.data) / name)
+    if args.out.is_dir() and not about and any(args.out.iterdir()):
+        sys.exit(f"{args.out} holds files that are no study; name another --out")
+    if others := [job.id for job in jobs if job.is_other and job.state != "failed"]:
         sys.exit(
-            f"{args.out}/runs has runs of other settings: {', '.join(others)}; "
-            "name another --out, or delete them"
+            f"{args.out}/runs has runs of other settings or data: {', '.join(others)}; "
+            "name another --out, or delete these folders"
         )
+    if foreign := [job.id for job in jobs if job.is_foreign]:
+        sys.exit(f"{args.out}/runs has folders that no study made: {', '.join(foreign)}; move them")
     # A kill ends the runs too, as Ctrl-C does, which a shell ignores of what is in the background.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
@@ -282,41 +320,65 @@ def report(out: Path) -> None:
 def jobs_of(preset: str, data: str, base: str, out: Path) -> list[Job]:
     """Return the runs of a preset, in the order in which they are started."""
     jobs: dict[str, Job] = {}
+    contents = digest([Path(data) / name for name in DATA])
+    model = f"{Path(base).name}{digest([Path(base) / 'config.json'])}"
     for setting in MATRIX:
         for seed in range(getattr(setting, preset)):
             keys = (setting.recipe, *(["short"] if setting.short else []))
             added = [PRESETS[preset].get(key, "") for key in keys]
-            template = shlex.split(" ".join((COMMANDS[setting.recipe], *added, setting.words)))
+            words = " ".join(filter(None, (*added, setting.words)))
+            template = shlex.split(f"{COMMANDS[setting.recipe]} {words}")
             seeded = "{seed}" in template
             name = f"{setting.id}-seed-{seed}" if seeded else setting.id
             folder = out / "runs" / name
             values = {"method": setting.method, "seed": seed}
             places = {"here": HERE, "data": data, "base": base, "runs": out / "runs"}
-            names = {key: key for key in places} | {"base": Path(base).name, "folder": "folder"}
+            names = {key: key for key in places} | {"folder": "folder"}
+            names |= {"data": f"data{contents}", "base": model}
             command = [word.format(**values, **places, folder=folder) for word in template]
-            identity = tuple(word.format(**values, **names) for word in template)
             needs = jobs.get(setting.needs)
+            identity = tuple(word.format(**values, **names) for word in template)
+            identity += ("needs", *needs.identity) if needs else ()
             jobs[name] = Job(
-                setting, seed, name, folder, (sys.executable, *command), identity, needs
+                setting, seed, name, folder, (sys.executable, *command), words, identity, needs
             )
     return list(jobs.values())
 
 
-def has_other_settings(job: Job) -> bool:
-    """Return whether the run was started before, with other settings."""
-    before = read_json(job.note).get("identity", list(job.identity))
-    return bool(before != list(job.identity))
+def digest(files: Sequence[Path]) -> str:
+    """Return what tells the contents of files from others; nothing where there are none."""
+    known = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+    return f":{hashlib.sha256(' '.join(known).encode()).hexdigest()[:16]}" if known else ""
+
+
+def check_data(path: Path) -> None:
+    """Refuse a file that is no part of SST-2, before hours are spent on the rest."""
+    if not path.is_file():
+        fault = "is missing"
+    else:
+        lines = path.read_text("utf-8", errors="replace").splitlines()
+        if len(lines) > 1 and {"sentence", "label"} <= {*lines[0].split("\t")}:
+            return
+        fault = "has no rows with the columns sentence and label"
+    sys.exit(f"{path} {fault}; README.md says how to get the data, under 'Get SST-2'")
 
 
 def write_about(args: argparse.Namespace) -> None:
-    """Note what the study is: its command, preset and base, and the machine."""
+    """Note what the study is: preset, base, the machine, and every command that went into it."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "recipes/study.py", *words])
     about = {
-        "command": shlex.join(["python", "recipes/study.py", *words]),
+        "command": command,
+        "further": [],
         "preset": args.preset,
         "base": Path(args.base).name if Path(args.base).is_dir() else args.base,
         "machine": environment.describe(max(1, environment.cores() // args.jobs)),
     }
+    before = read_json(args.out / "about.json")
+    if all(before.get(key) == about[key] for key in ("preset", "base")):
+        further = before.get("further", [])
+        is_known = command in (before["command"], *further)
+        about = before | {"further": further if is_known else [*further, command]}
     write_json(args.out / "about.json", about)
 
 
@@ -378,7 +440,7 @@ class Running:
         self.job = job
         self.started = time.monotonic()
         self.is_interrupted = False
-        resumed = ["--resume"] if job.can_resume else []
+        resumed = ["--resume"] if job.can_resume and not job.is_other else []
         self.before = float(read_json(job.note).get("seconds", 0.0)) if resumed else 0.0
         if not resumed and job.folder.is_dir():
             shutil.rmtree(job.folder)  # half of a run of ours, which nothing can go on from
@@ -429,10 +491,7 @@ class Running:
             os.killpg(self.process.pid, signal.SIGKILL)
             code = self.process.wait()
         self.write_note(**({} if self.is_interrupted else {"exit_code": code}))
-        if self.job.is_finished:
-            return ""
-        lines = self.job.log.read_text("utf-8", errors="replace").strip().splitlines()
-        return "\n  ".join([f"exit code {code}", *lines[-TAIL:]])
+        return "" if self.job.is_finished else self.job.why
 
 
 class Display:
@@ -529,7 +588,8 @@ def collect(jobs: Sequence[Job], out: Path) -> None:
             "setting": job.setting.id,
             "recipe": job.setting.recipe,
             "method": job.setting.method,
-            "words": job.setting.words,
+            "words": job.words,
+            "tried": job.setting.tried,
             "seed": job.seed,
             "state": job.state,
         }
@@ -543,15 +603,15 @@ def collect(jobs: Sequence[Job], out: Path) -> None:
 def results_of(job: Job) -> dict[str, Any]:
     """Return the final figures of a run; why it has none, where it failed."""
     if job.state == "failed":
-        said = (job.log.read_text("utf-8", errors="replace").strip().splitlines() or [""])[-1]
-        return {"why": re.sub(r"(?<![\w:/])(/[^\s/:]+)+/", "", said)}  # names, without folders
+        code, *said = job.why.splitlines()
+        why = ": ".join([code, *(line.strip() for line in said[-1:])])
+        return {"why": re.sub(r"(?<![\w:/])(/[^\s/:]+)+/", "", why)}  # names, without folders
     if not job.is_finished:
         return {}
     if job.setting.recipe == "proof":
         certificate = read_json(job.folder / MARKS["proof"])
         return {key: certificate[key] for key in ("measurements", "verdicts")}
-    last = {(row["name"], row["subject"]): row for row in rows_of(job)}
-    found = list(last.values())
+    found = last_of(rows_of(job))
     for name in ("adapter.safetensors", "trained.safetensors", "model/model.safetensors"):
         if (job.folder / name).is_file():
             tensors, _ = storage.read_header(job.folder / name)
@@ -561,6 +621,26 @@ def results_of(job: Job) -> dict[str, Any]:
         "measurements": found,
         "settings": read_json(job.folder / "run.json").get("settings", {}),
     }
+
+
+def last_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the last evaluation, which is of what is saved, and the last others.
+
+    What was measured at earlier evaluations alone is no figure of the model: there it was undefined
+    at the last one.
+    """
+    steps = [row["step"] for row in rows if is_evaluation(row)]
+    last = {
+        (row["name"], row["subject"]): row
+        for row in rows
+        if not is_evaluation(row) or row["step"] == steps[-1]
+    }
+    return list(last.values())
+
+
+def is_evaluation(row: dict[str, Any]) -> bool:
+    """Return whether it is measured on dev, or a part of it, once in a while."""
+    return bool(row["subject"].partition(",")[0] == "dev")
 
 
 def rows_of(job: Job) -> list[dict[str, Any]]:
@@ -575,9 +655,8 @@ def curves_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float
     """Return what is drawn over the steps, by name: [step, value]; each point a mean of several."""
     found: dict[str, list[tuple[int, float]]] = {}
     for name, subject in CURVES:
-        points = [
-            (r["step"], r["value"]) for r in rows if (r["name"], r["subject"]) == (name, subject)
-        ]
+        drawn = (r for r in rows if (r["name"], r["subject"]) == (name, subject))
+        points = sorted({r["step"]: r["value"] for r in drawn}.items())  # one of them can be twice
         width = -(-len(points) // MOST_POINTS) or 1
         parts = [points[start : start + width] for start in range(0, len(points), width)]
         means = [(part[-1][0], round(mean(value for _, value in part), 4)) for part in parts]

@@ -10,8 +10,9 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ STYLE: Any = {
 }
 WIDTH = 5.0  # inches: what a phone shows without making the letters much smaller
 MB = 1e6
+PLOTS = re.compile(r"(learning|parameters)-\d+|cost|latency|generation")  # names of plots
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ class Score:
     def factor(self) -> int:
         """From the share that is measured to what is shown."""
         return 100 if self.unit else 1
+
+    def shown(self, found: "Estimate") -> "Estimate":
+        """Return what is shown of a measured one; no share is below 0 or above 1."""
+        if self.unit and not found.is_single:
+            low, high = max(0.0, found.low), min(1.0, found.high)
+            found = replace(found, low=low, high=high)
+        return found * self.factor
 
 
 SCORES = {
@@ -94,6 +103,7 @@ class Estimate:
     low: float
     high: float
     count: int
+    note: str = ""  # said after it
 
     @property
     def is_single(self) -> bool:
@@ -101,14 +111,19 @@ class Estimate:
         return math.isnan(self.low)
 
     def __mul__(self, factor: float) -> "Estimate":
-        return Estimate(self.value * factor, self.low * factor, self.high * factor, self.count)
+        low, high = self.low * factor, self.high * factor
+        return replace(self, value=self.value * factor, low=low, high=high)
 
     def text(self, digits: int, unit: str = "") -> str:
-        """Return the value with its interval, or with the word single."""
+        """Return the value with its interval, or with why it has none."""
         shown = f"{number(self.value, digits)}{unit}"
         if self.is_single:
-            return f"{shown} (single run)"
-        return f"{shown} [{number(self.low, digits)}, {number(self.high, digits)}]"
+            spread = "" if self.note else " (single run)"
+        elif self.low == self.high:
+            spread = f" (all {self.count} seeds alike)"
+        else:
+            spread = f" [{number(self.low, digits)}, {number(self.high, digits)}]"
+        return f"{shown}{spread}{f' ({self.note})' if self.note else ''}"
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
@@ -116,6 +131,8 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return Estimate(mean, math.nan, math.nan, count)
+    if not np.ptp(values):
+        return Estimate(mean, mean, mean, count)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(values)
     return Estimate(mean, float(mean - half), float(mean + half), count)
 
@@ -127,8 +144,17 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
         return Estimate(mean, math.nan, math.nan, count)
     if not np.ptp(ours) and not np.ptp(theirs):
         return Estimate(mean, mean, mean, count)
-    found = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(CONFIDENCE)
-    return Estimate(mean, float(found.low), float(found.high), count)
+    parts = np.array([np.var(values, ddof=1) / len(values) for values in (ours, theirs)])
+    degrees = parts.sum() ** 2 / (parts**2 / [len(ours) - 1, len(theirs) - 1]).sum()
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, degrees) * math.sqrt(parts.sum())
+    return Estimate(mean, float(mean - half), float(mean + half), count)
+
+
+def binomial(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's interval of a share of `count` answers that were right."""
+    found = stats.binomtest(round(share * count), count)
+    low, high = found.proportion_ci(CONFIDENCE, method="wilson")
+    return float(low), float(high)
 
 
 # ---------------------------------------------------------------- what was found
@@ -146,6 +172,7 @@ class Run:
     seed: int
     state: str
     why: str = ""
+    tried: str = ""
     measurements: Sequence[Mapping[str, Any]] = ()
     verdicts: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -192,7 +219,29 @@ class Group:
     def estimate(self, name: str) -> Estimate | None:
         """Return the mean of a metric over the seeds, where there is one."""
         values = self.values(name)
-        return mean_interval(values) if values else None
+        return replace(mean_interval(values), note=self.missing(name)) if values else None
+
+    def missing(self, name: str) -> str:
+        """Say for how many seeds there is a metric, where it is not all of them."""
+        count = len(self.values(name))
+        return "" if count == len(self.runs) else f"{count} of {len(self.runs)} seeds"
+
+    def gap(self, other: "Group", name: str) -> Estimate | None:
+        """Return the difference of a metric to another setting's, where both have it."""
+        ours, theirs = self.values(name), other.values(name)
+        if not ours or not theirs:
+            return None
+        told = ((group.label, group.missing(name)) for group in (self, other))
+        note = ", ".join(f"{label}: {missing}" for label, missing in told if missing)
+        return replace(difference(ours, theirs), note=note)
+
+    def samples(self, name: str) -> int:
+        """Return on how many things a metric rests."""
+        return next(int(m["samples"]) for m in self.first_with(name) if m["name"] == name)
+
+    def first_with(self, name: str) -> Sequence[Mapping[str, Any]]:
+        """Return the measurements of the first run that has a metric."""
+        return next(run.measurements for run in self.runs if run.get(name, "dev") is not None)
 
     def scores(self) -> Iterator[tuple[Score, Estimate]]:
         """Yield each metric of the answers that there is, as it is measured."""
@@ -248,11 +297,11 @@ class Study:
         return [Group(name, tuple(runs)) for name, runs in found.items()]
 
     def budgets(self) -> dict[int, list[Group]]:
-        """Return the settings on sentences that can be compared, by their number of steps."""
+        """Return the settings on sentences, by their number of steps: these can be compared."""
         found: dict[int, list[Group]] = {}
         for group in self.groups("sst2"):
             found.setdefault(group.steps, []).append(group)
-        return {steps: groups for steps, groups in found.items() if len(groups) > 1}
+        return found
 
     def group(self, recipe: str, setting: str) -> Group | None:
         """Return one setting, where it has finished runs."""
@@ -291,7 +340,8 @@ def write(out: Path) -> None:
     with style.context(["default", STYLE]):
         plots = {plot.name: plot for plot in plots_of(study)}
     for old in out.glob("*.svg"):
-        old.unlink()
+        if PLOTS.fullmatch(old.stem):
+            old.unlink()
     for plot in plots.values():
         (out / f"{plot.name}.svg").write_text(plot.svg, "utf-8")
     sections = sections_of(study, plots)
@@ -364,7 +414,7 @@ def table_of(study: Study, recipe: str) -> Table:
     for group in study.groups(recipe):
         known = dict(group.scores())
         scores = [
-            (known[score] * score.factor).text(score.digits) if score in known else ""
+            score.shown(known[score]).text(score.digits) if score in known else ""
             for score in SCORES[recipe]
         ]
         rows.append(
@@ -372,6 +422,8 @@ def table_of(study: Study, recipe: str) -> Table:
                 group.label,
                 group.first.words,
                 f"{group.steps:,}",
+                str(group.first.settings.get("batch_size", "")),
+                str(group.first.settings.get("matmul_precision", "")),
                 str(len(group.runs)),
                 *scores,
                 number(group.parameters, 0),
@@ -386,6 +438,8 @@ def table_of(study: Study, recipe: str) -> Table:
         "setting",
         "arguments",
         "steps",
+        "batch",
+        "products",
         "seeds",
         *(score.name + (", %" if score.unit else "") for score in SCORES[recipe]),
         "trained parameters",
@@ -410,8 +464,9 @@ def ratios(predicted: float, measured: float, full: Group | None, kind: str) -> 
 def csv_table(study: Study) -> str:
     """Return one row for each setting of every recipe, in plain numbers; bytes are bytes."""
     scores = [score.name for recipe in SCORES.values() for score in recipe]
-    columns = ["recipe", "setting", "method", "arguments", "steps", "seeds"]
-    columns += [f"{name}{end}" for name in scores for end in ("", " low", " high")]
+    columns = ["recipe", "setting", "method", "arguments", "steps"]
+    columns += ["batch size", "matmul precision", "seeds"]
+    columns += [f"{name}{end}" for name in scores for end in ("", " low", " high", " seeds")]
     columns += ["trainable parameters", "share"]
     for what in ("optimizer state", "checkpoint"):
         columns += [f"{what} {end}" for end in (
@@ -429,12 +484,14 @@ def csv_table(study: Study) -> str:
                 "method": group.first.method,
                 "arguments": group.first.words,
                 "steps": group.steps,
+                "batch size": group.first.settings.get("batch_size", ""),
+                "matmul precision": group.first.settings.get("matmul_precision", ""),
                 "seeds": len(group.runs),
                 "trainable parameters": int(group.parameters),
                 "share": group.share,
             }
             for score, found in group.scores():
-                row[score.name] = found.value
+                row |= {score.name: found.value, f"{score.name} seeds": found.count}
                 if not found.is_single:
                     row |= {f"{score.name} low": found.low, f"{score.name} high": found.high}
             for what, kind in (("optimizer state", "state"), ("checkpoint", "file")):
@@ -487,11 +544,16 @@ def plots_of(study: Study) -> Iterator[Plot]:
 
 def learning(study: Study, groups: Sequence[Group]) -> Figure | None:
     """Draw the curves of one setting of each method."""
+    panels = (("loss", "training loss, nats", 1), ("accuracy", "accuracy on dev, %", 100))
+    return curves(study, one_of_each_method(groups), panels)
+
+
+def one_of_each_method(groups: Sequence[Group]) -> list[Group]:
+    """Return the first setting of each method: more lines of a colour nobody tells apart."""
     first: dict[str, Group] = {}
     for group in groups:
         first.setdefault(group.first.method, group)
-    panels = (("loss", "training loss, nats", 1), ("accuracy", "accuracy on dev, %", 100))
-    return curves(study, [*first.values()], panels)
+    return [*first.values()]
 
 
 def generation(study: Study) -> Figure | None:
@@ -508,7 +570,8 @@ def curves(
     if not known:
         return None
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
-    for axes, (name, label, factor) in zip(figure.subplots(len(panels)), panels, strict=True):
+    stacked = figure.subplots(len(panels), sharex=True)
+    for axes, (name, label, factor) in zip(stacked, panels, strict=True):
         for group in known:
             drawn = (study.curves.get(run.id, {}).get(name, []) for run in group.runs)
             lines = [{int(step): value for step, value in points} for points in drawn if points]
@@ -520,14 +583,17 @@ def curves(
             axes.plot(steps, values.mean(0), color=colour, label=group.label, lw=1.4)
             if len(lines) > 1:
                 axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.25)
-        axes.set(xlabel="step", ylabel=label)
+        axes.set(ylabel=label)
+    axes.set(xlabel="step")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
-def by_parameters(groups: Sequence[Group]) -> Figure:
+def by_parameters(groups: Sequence[Group]) -> Figure | None:
     """Draw accuracy over trained parameters, with intervals where there are seeds."""
+    if len(groups) < 2:
+        return None
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     drawn: dict[str, int] = {}
@@ -535,13 +601,13 @@ def by_parameters(groups: Sequence[Group]) -> Figure:
         found, method = group.estimate("accuracy"), group.first.method
         if found is None:
             continue
-        found *= 100
+        found = SCORES["sst2"][0].shown(found)
         marker = MARKERS[drawn.setdefault(method, 0) % len(MARKERS)]
         drawn[method] += 1
         error = None if found.is_single else [[found.value - found.low], [found.high - found.value]]
         axes.errorbar(
             group.parameters, found.value, error, color=COLOURS[method], marker=marker, ls="",
-            capsize=3, label=group.label,
+            capsize=3, label=group.label, mfc="none" if found.is_single else None,
         )  # fmt: skip
     axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy on dev, %")
     axes.margins(0.1)
@@ -664,9 +730,9 @@ def introduction(study: Study) -> Iterator[str]:
 def compared(study: Study) -> tuple[Group, Group, Estimate] | None:
     """Return LoRA, full fine-tuning and the difference of their accuracies."""
     lora, full = study.group("sst2", LORA), study.group("sst2", FULL)
-    if lora is None or full is None:
+    if lora is None or full is None or (gap := lora.gap(full, "accuracy")) is None:
         return None
-    return lora, full, difference(lora.values("accuracy"), full.values("accuracy"))
+    return lora, full, gap
 
 
 def how_good(study: Study) -> Iterator[str]:
@@ -677,21 +743,24 @@ def how_good(study: Study) -> Iterator[str]:
     ours, theirs = lora.estimate("accuracy"), full.estimate("accuracy")
     if ours is None or theirs is None:
         return
-    answered = next(int(m["samples"]) for m in lora.first.measurements if m["name"] == "accuracy")
+    answered, accuracy = lora.samples("accuracy"), SCORES["sst2"][0]
     yield (
-        f"LoRA ({LORA}) answers {(ours * 100).text(2, ' %')} of the {answered} dev sentences "
-        f"rightly ({seeds(lora)}), full fine-tuning {(theirs * 100).text(2, ' %')} ({seeds(full)})."
+        f"LoRA ({LORA}) answers {accuracy.shown(ours).text(2, ' %')} of the {answered} dev "
+        f"sentences rightly ({seeds(lora)}), full fine-tuning "
+        f"{accuracy.shown(theirs).text(2, ' %')} ({seeds(full)})."
     )
     is_within = gap.value >= -WITHIN
     if gap.is_single:
         spread = "From single runs that says little: seeds alone can differ as much."
+    elif gap.low == gap.high:
+        spread = "All seeds say so alike; that is no interval."
     elif (gap.low >= -WITHIN) if is_within else (gap.high < -WITHIN):
         spread = "The whole interval says so."
     else:
         spread = "The interval reaches across that limit: more seeds could show otherwise."
     yield (
         f"LoRA minus full fine-tuning is {(gap * 100).text(2, ' points')}"
-        f"{'' if gap.is_single else ' (Welch, which takes the two for independent)'}: "
+        f"{' (Welch, which takes the two for independent)' if gap.low < gap.high else ''}: "
         f"{'within' if is_within else 'not within'} {100 * WITHIN:.1f} points of full fine-tuning"
         f"{', or better' if is_within else ''}. {spread}"
     )
@@ -705,12 +774,21 @@ def how_good(study: Study) -> Iterator[str]:
             f"The best run of the LoRA family is {run.setting} with seed {run.seed}: "
             f"{percent(value, 2)}. It is the best of {among}, and the best of many flatters itself."
         )
-    chance = 1.96 * math.sqrt(ours.value * (1 - ours.value) / answered)
+    low, high = binomial(ours.value, answered)
     yield (
         f"The intervals are about seeds. That {answered} sentences stand for all others is a "
-        f"second uncertainty: with as many, an accuracy of {percent(ours.value)} is known to "
-        f"± {100 * chance:.1f} points (binomial)."
+        f"second uncertainty: with as many, an accuracy of {percent(ours.value)} is known to lie "
+        f"between {percent(low)} and {percent(high)} (Wilson's 95 % interval)."
     )
+    told = {run.setting: run.tried for run in study.runs if run.tried}
+    if told:
+        yield (
+            "Learning rates. "
+            + "; ".join(f"{name}: {tried}" for name, tried in told.items())
+            + ". "
+            "Nothing is noted for other settings. Where LoRA's was chosen after a look at these "
+            "sentences and full fine-tuning's was not, that favours LoRA, by an unknown amount."
+        )
 
 
 def best_run(study: Study) -> tuple[Run, float, int] | None:
@@ -726,13 +804,16 @@ def best_run(study: Study) -> tuple[Run, float, int] | None:
 def how_they_learn(study: Study) -> Iterator[str]:
     """Explain the curves, with where they begin and end."""
     lora, full = study.group("sst2", LORA), study.group("sst2", FULL)
-    if not any(run.id in study.curves for group in (lora, full) if group for run in group.runs):
+    if not any(run.id in study.curves for group in study.groups("sst2") for run in group.runs):
         return
     yield (
         "The loss says how surprised the model is by the right answers while it is trained: 0.69 "
         "nats is a coin's toss, 0 is certainty. Accuracy is looked at now and then on sentences "
         "that are never trained on. Lines are means over the seeds; a band spans all of them."
     )
+    for steps, groups in study.budgets().items():
+        drawn = ", ".join(group.label for group in one_of_each_method(groups))
+        yield f"Drawn is the first setting of each method; for {steps:,} steps: {drawn}."
     for group in (lora, full):
         line = [study.curves.get(r.id, {}).get("accuracy", []) for r in group.runs] if group else []
         if group and all(line):
@@ -745,9 +826,28 @@ def how_they_learn(study: Study) -> Iterator[str]:
 
 def how_small(study: Study) -> Iterator[str]:
     """Hold the sizes against what the formulas predict."""
-    if (found := compared(study)) is None:
-        return
-    lora, full, _ = found
+    if found := compared(study):
+        yield from predicted_sizes(*found[:2])
+    several = {n: groups for n, groups in study.budgets().items() if len(groups) > 1}
+    if several:
+        yield (
+            "A plot shows each setting's accuracy over the number of parameters it trains; the "
+            "axis is logarithmic: from one grid line to the next it is ten times as many. Only "
+            "settings that were trained for as many steps are compared. A bar is the 95 % interval "
+            "over the seeds; a hollow marker is a single run, which has none."
+        )
+    for steps, groups in several.items():
+        known = [(value, group) for group in groups if (value := group.estimate("accuracy"))]
+        told = [
+            f"{group.label} {percent(value.value)} ({share(group)} of the parameters"
+            f"{', single run' if value.is_single else ''})"
+            for value, group in sorted(known, key=lambda pair: -pair[0].value)
+        ]
+        yield f"Accuracy after {steps:,} steps, best first: {'; '.join(told)}."
+
+
+def predicted_sizes(lora: Group, full: Group) -> Iterator[str]:
+    """Say what the optimizer keeps and what is kept on disk, predicted and measured."""
     yield (
         "The optimizer AdamW keeps two 4-byte numbers for every trained parameter and a 4-byte "
         f"counter for every tensor. For {LORA} that makes {size(lora.state_predicted)}; measured "
@@ -764,19 +864,6 @@ def how_small(study: Study) -> Iterator[str]:
         f"{significant(lora.file_predicted / full.file_predicted)} predicted, "
         f"{significant(lora.file_bytes / full.file_bytes)} measured."
     )
-    yield (
-        "A plot shows each setting's accuracy over the number of parameters it trains; the axis is "
-        "logarithmic: from one grid line to the next it is ten times as many. Only settings that "
-        "were trained for as many steps are compared."
-    )
-    for steps, groups in study.budgets().items():
-        known = [(value, group) for group in groups if (value := group.estimate("accuracy"))]
-        told = [
-            f"{group.label} {percent(value.value)} ({share(group)} of the parameters"
-            f"{', single run' if value.is_single else ''})"
-            for value, group in sorted(known, key=lambda pair: -pair[0].value)
-        ]
-        yield f"Accuracy after {steps:,} steps, best first: {'; '.join(told)}."
 
 
 def what_it_costs(study: Study) -> Iterator[str]:
@@ -788,8 +875,18 @@ def what_it_costs(study: Study) -> Iterator[str]:
         if run.recipe == "cost" and run.settings
     }
     if shapes:
-        yield f"Measured on batches of {' and '.join(sorted(shapes))}, made at random."
+        text = f"Measured on batches of {' and '.join(sorted(shapes))}, made at random."
+        named = {str(run.settings.get("matmul_precision", "highest")) for run in study.runs}
+        trained = named - {"highest"}
+        if trained:
+            text += (
+                " All of it is computed in float32, while the trainings above multiply their "
+                f"matrices with less where the machine can (`--matmul-precision "
+                f"{' and '.join(sorted(trained))}`): there a step can be faster."
+            )
+        yield text
     if "full" in memory:
+        whole = size(memory["full"])
         others = [
             f"{name} {size(value)} ({value / memory['full']:.2f} of full fine-tuning)"
             for name, value in memory.items()
@@ -797,11 +894,12 @@ def what_it_costs(study: Study) -> Iterator[str]:
         ]
         yield (
             "Memory: by how much a fresh process grows, at its peak, while it loads the model and "
-            f"takes some steps. Full fine-tuning {size(memory['full'])}; {'; '.join(others)}. The "
-            "model itself and what a step computes on its way are in all of these; only gradients "
-            "and optimizer state of frozen parameters can be saved."
+            f"takes some steps. {'; '.join([f'Full fine-tuning {whole}', *others])}. The model "
+            "itself is in all of these. Saved are gradients and optimizer state of frozen "
+            "parameters, and what a frozen layer need not keep for its own gradient. Each is one "
+            "process, measured once."
         )
-    if times:
+    if len(times) > 1:
         low, high = (study.cost(f"step time ratio, {end}") for end in ("low", "high"))
         others = [
             f"{name} {value:.2f} [{low[name]:.2f}, {high[name]:.2f}]"
@@ -835,9 +933,9 @@ def what_merging_does(study: Study) -> Iterator[str]:
     decided = [v for v in proof.verdicts if v["check"] == "decisions"]
     if decided:
         yield (
-            "Answers that differ from the unmerged model's: "
+            "Answers, held against the unmerged model's: "
             + "; ".join(
-                f"{v['subject']}: {number(v['measured'] or 0, 0)} of {v['compared']}"
+                f"{v['subject']}: {', '.join(filter(None, (v['status'], v['note'])))}"
                 for v in decided
             )
             + "."
@@ -873,29 +971,40 @@ def writing(study: Study) -> Iterator[str]:
         "right answer: lower is better. ROUGE-L and exact match compare what it writes with the "
         "right answer: higher is better."
     )
+    counted: dict[str, list[str]] = {}
     for group in groups.values():
         scores = [
-            f"{one.name} {(v * one.factor).text(one.digits, one.unit)}" for one, v in group.scores()
+            f"{one.name} {one.shown(v).text(one.digits, one.unit)}" for one, v in group.scores()
         ]
         who = f"{group.label} ({seeds(group)}, {share(group)} of the parameters)"
         yield f"{who}: {', '.join(scores)}."
+        rests = [f"{one.name} {group.samples(one.name):,}" for one, _ in group.scores()]
+        counted.setdefault(", ".join(rests), []).append(group.label)
+    for rests_on, labels in counted.items():
+        yield (
+            f"On how many these rest (tokens for perplexity, answers for the others): {rests_on} "
+            f"({', '.join(labels)})."
+        )
     lora, full = groups.get(f"answers-{LORA}"), groups.get(WHOLE["causal_lm"])
     if lora and full:
         gaps = []
         for score, _ in lora.scores():
-            if theirs := full.values(score.name):
-                gap = difference(lora.values(score.name), theirs) * score.factor
+            if gap := lora.gap(full, score.name):
                 unit = " points" if score.unit else ""
-                gaps.append(f"{score.name} {gap.text(score.digits, unit)}")
-        yield f"LoRA minus full fine-tuning (Welch, where there are seeds): {'; '.join(gaps)}."
+                gaps.append(f"{score.name} {(gap * score.factor).text(score.digits, unit)}")
+        if gaps:
+            yield f"LoRA minus full fine-tuning (Welch, where there are seeds): {'; '.join(gaps)}."
 
 
 def all_settings(study: Study) -> Iterator[str]:
     """Explain the table."""
     if tables(study):
         yield (
-            "`to full` is the ratio to full fine-tuning: as the formulas above predict it, and as "
-            "it was measured. The same as plain numbers: `table.csv`."
+            "How each was trained: `arguments` are the preset's and then the setting's, of which a "
+            "later one of a name counts; `batch` is the examples of a step, `products` with which "
+            "precision matrices are multiplied (`highest` is float32, `medium` bfloat16 where the "
+            "machine has it). `to full` is the ratio to full fine-tuning: as the formulas above "
+            "predict it, and as it was measured. The same as plain numbers: `table.csv`."
         )
 
 
@@ -929,9 +1038,12 @@ def how_it_was_made(study: Study) -> Iterator[str]:
     machine = study.about["machine"]
     versions = ", ".join(f"{name} {value}" for name, value in machine["packages"].items() if value)
     yield f"Command: `{study.about['command']}`"
+    for further in study.about.get("further", ()):
+        yield f"Further command: `{further}`"
     yield (
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads "
-        f"for a run, {machine['system']}; load when it began {machine['load_average']}."
+        f"for a run, all for what is timed alone, {machine['system']}; load when it began "
+        f"{machine['load_average']}."
     )
     yield f"Versions: Python {machine['python']}, {versions}."
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -59,7 +60,8 @@ def page(recipe):
 @pytest.fixture
 def data(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dev.tsv").write_text("sentence\tlabel\na film \t1\n")
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "data" / name).write_text("sentence\tlabel\na film \t1\n")
     return tmp_path / "data"
 
 
@@ -141,9 +143,124 @@ def test_half_a_run_without_a_checkpoint_begins_anew(study):
 
 def test_a_run_of_other_settings_is_refused_and_left_alone(study):
     out = study(*BOTH)
-    with pytest.raises(SystemExit, match="runs of other settings: full-seed-0, full-seed-1; name"):
+    with pytest.raises(
+        SystemExit, match="runs of other settings or data: full-seed-0, full-seed-1; name"
+    ):
         study(BOTH[0], ("full", "full", "--accuracy 0.8", 2, ""))
     assert starts(out, "full-seed-1") == ["anew"]
+
+
+def test_a_run_on_other_data_is_refused(study, data):
+    out = study(*ONE)
+    (data / "train.tsv").write_text("sentence\tlabel\nanother film \t0\n")
+    with pytest.raises(SystemExit, match="runs of other settings or data: full-seed-0"):
+        study(*ONE)
+    shutil.rmtree(out / "runs" / "full-seed-0")  # as it says; its note stays
+    study(*ONE)
+    assert starts(out, "full-seed-0") == ["anew"]
+
+
+def test_a_base_of_other_config_makes_another_run(recipe, tmp_path):
+    def first():
+        return recipe.jobs_of("quick", "data", str(tmp_path), tmp_path / "out")[0].identity
+
+    (tmp_path / "config.json").write_text("{}")
+    before = first()
+    assert first() == before
+    (tmp_path / "config.json").write_text('{"layers": 1}')
+    assert first() != before
+
+
+def test_what_needs_a_run_of_other_settings_is_another_run(study):
+    after = ("full", "full", "", 1, "head-seed-0")
+    out = study(("head", "head", "", 1, ""), after)
+    shutil.rmtree(out / "runs" / "head-seed-0")
+    with pytest.raises(SystemExit, match="other settings or data: full-seed-0;"):
+        study(("head", "head", "--accuracy 0.8", 1, ""), after)
+
+
+def test_a_corrected_command_is_not_blocked_by_the_run_that_failed(study, tmp_path):
+    with pytest.raises(SystemExit, match="exit code 1"):
+        study(("head", "head", "--fail", 1, ""))
+    run = tmp_path / "out" / "runs" / "head-seed-0"
+    (run / "checkpoint").mkdir()  # of the other settings: not to be gone on from
+    study(("head", "head", "", 1, ""))
+    assert starts(tmp_path / "out", "head-seed-0") == ["anew"]
+
+
+def test_what_no_study_made_is_left_alone(study, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="holds files that are no study"):
+        study(*ONE)
+    assert {path.name for path in out.iterdir()} == {"thesis.txt"}
+    (out / "thesis.txt").unlink()
+    study(*ONE)
+    foreign = out / "runs" / "full-seed-1"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="folders that no study made: full-seed-1; move them"):
+        study(*BOTH)
+    assert (foreign / "thesis.txt").is_file()
+
+
+def test_further_commands_are_kept_beside_the_first(study):
+    study(*ONE)
+    out = study(*ONE, words=("--jobs", "2"))
+    study(*ONE)
+    about = json.loads((out / "about.json").read_text())
+    assert about["command"].endswith("--out out")
+    assert [command[-8:] for command in about["further"]] == ["--jobs 2"]
+    assert "Further command: `python recipes/study.py" in (out / "README.md").read_text()
+
+
+def test_what_a_study_is_told_of_is_its_own_preset(study, recipe, monkeypatch, capsys):
+    out = study(*ONE)
+    about = json.loads((out / "about.json").read_text())
+    (out / "about.json").write_text(json.dumps(about | {"preset": "full"}))
+    asked = []
+    jobs_of = recipe.jobs_of
+    monkeypatch.setattr(
+        recipe, "jobs_of", lambda preset, *more: asked.append(preset) or jobs_of("quick", *more)
+    )
+    study(*ONE, words=("--list",))
+    study(*ONE, words=("--dry-run",))
+    study(*ONE, words=("--list", "--quick"))
+    assert asked == ["full", "full", "quick"]
+
+
+def test_a_run_that_was_killed_is_not_quoted(recipe, tmp_path):
+    job = recipe.jobs_of("quick", "data", "base", tmp_path)[0]
+    job.folder.mkdir(parents=True)
+    job.log.write_text("step 200/2106  loss 0.4012\n")
+    for code, why in ((-9, "exit code -9"), (2, "exit code 2: step 200/2106  loss 0.4012")):
+        recipe.write_json(job.note, {"identity": list(job.identity), "exit_code": code})
+        assert recipe.results_of(job) == {"why": why}
+
+
+def measured_at(step, name, value, subject="dev"):
+    return {"name": name, "subject": subject, "value": value, "step": step}
+
+
+def test_a_metric_of_an_earlier_evaluation_is_no_final_figure(recipe):
+    rows = [
+        measured_at(1, "loss", 0.7, "train"),
+        measured_at(25, "accuracy", 0.85),
+        measured_at(25, "Matthews correlation", 0.7),
+        measured_at(50, "loss", 0.6, "train"),
+        measured_at(50, "accuracy", 0.5),
+        measured_at(50, "Matthews correlation undefined", 872),
+        measured_at(50, "parameters", 10, "model"),
+    ]
+    found = {row["name"]: row["value"] for row in recipe.last_of(rows)}
+    assert found == {
+        "loss": 0.6, "accuracy": 0.5, "Matthews correlation undefined": 872, "parameters": 10,
+    }  # fmt: skip
+    again = [*rows[:-1], *rows[1:3], rows[-1]]  # with --patience: the best one is what is saved
+    found = {row["name"]: row["value"] for row in recipe.last_of(again)}
+    assert found == {"loss": 0.6, "accuracy": 0.85, "Matthews correlation": 0.7, "parameters": 10}
+    assert recipe.curves_of(again)["accuracy"] == [(25, 0.85), (50, 0.5)]
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(study, tmp_path, capsys):
@@ -154,8 +271,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(study, tmp_path, capsys)
     found = lines_of(out)
     assert found["head-seed-0"]["state"] == "failed"
     assert found["full-seed-1"]["state"] == "finished"
-    assert found["head-seed-0"]["why"] == "Error: weights: the loss is not a number"
-    assert "head-seed-0: failed (Error: weights: the loss" in (out / "README.md").read_text()
+    assert found["head-seed-0"]["why"] == "exit code 1: Error: weights: the loss is not a number"
+    assert "head-seed-0: failed (exit code 1: Error: weights" in (out / "README.md").read_text()
     assert "head-seed-0: FAILED, exit code 1" in capsys.readouterr().out
 
 
@@ -207,8 +324,11 @@ def test_a_dry_run_prints_commands_and_runs_nothing(study, tmp_path, capsys):
 
 
 def test_data_that_are_not_there_are_refused(study, data):
-    (data / "dev.tsv").unlink()
-    with pytest.raises(SystemExit, match=r"has no dev.tsv; expected a folder with SST-2"):
+    (data / "train.tsv").write_text("text\tlabel\na film \t1\n")
+    with pytest.raises(SystemExit, match=r"train.tsv has no rows with the columns .*'Get SST-2'"):
+        study(*BOTH)
+    (data / "train.tsv").unlink()
+    with pytest.raises(SystemExit, match=r"train.tsv is missing; README.md says .*'Get SST-2'"):
         study(*BOTH)
 
 
@@ -333,8 +453,18 @@ def test_a_single_value_has_no_interval_and_says_so(page):
     assert page.mean_interval([0.5]).is_single
     assert page.difference([0.5], [0.4, 0.3]).is_single
     assert page.mean_interval([0.5]).text(1) == "0.5 (single run)"
-    assert page.mean_interval([0.5, 0.5]).text(1) == "0.5 [0.5, 0.5]"
+    assert page.mean_interval([0.5, 0.5]).text(1) == "0.5 (all 2 seeds alike)"
     assert page.difference([0.5, 0.5], [0.25, 0.25]).low == 0.25
+
+
+def test_the_interval_of_a_share_is_wilsons(page):
+    share, count, z = 0.9, 872, 1.959963984540054
+    right = round(share * count)
+    p = right / count
+    middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
+    assert page.binomial(share, count) == pytest.approx((middle - half, middle + half))
+    assert page.binomial(1.0, 872)[0] < 1.0
 
 
 # ---------------------------------------------------------------- the page
@@ -403,6 +533,12 @@ def test_an_interval_that_is_decided_is_said_to_be(made):
     )
 
 
+def test_seeds_that_are_all_alike_have_no_interval_that_could_say_anything(made):
+    text = made(lora=(0.9, 0.9), full=(0.9, 0.9))
+    assert "is 0.00 points (all 2 seeds alike): within 1.5 points" in text
+    assert "or better. All seeds say so alike; that is no interval." in text
+
+
 def test_single_runs_are_said_to_be(made):
     text = made(lora=(0.9,), full=(0.9,))
     assert "90.00 % (single run)" in text
@@ -423,6 +559,66 @@ def test_a_measured_state_that_is_not_as_predicted_shows(made, tmp_path, page):
     (tmp_path / "study.jsonl").write_text(lines)
     page.write(tmp_path)
     assert "2.44 kB; measured were 10 kB" in (tmp_path / "README.md").read_text()
+
+
+def test_a_share_is_shown_within_0_and_1(made):
+    assert "99.67 % [98.23, 100.00] of the 872" in made(lora=(0.99, 1.0, 1.0))
+    assert "100.00 % (all 3 seeds alike) of the 872" in made(lora=(1.0, 1.0, 1.0))
+
+
+def test_a_metric_that_some_seeds_lack_says_so(made, tmp_path):
+    one = run_of("sst2", "head", measurements=rows("head", 0.8)[3:])
+    other = {"name": "F1", "subject": "dev", "value": 0.5, "unit": "share", "samples": 9}
+    more = [
+        one,
+        one | {"id": "2", "seed": 1, "measurements": [*one["measurements"], other]},
+        one | {"id": "3", "seed": 2, "measurements": [*one["measurements"], other]},
+    ]
+    assert "| 50.00 (all 2 seeds alike) (2 of 3 seeds) |" in made(more=more)
+    with (tmp_path / "table.csv").open() as file:
+        found = {row["setting"]: row for row in csv.DictReader(file)}["head"]
+    assert (found["F1 seeds"], found["accuracy seeds"], found["seeds"]) == ("2", "3", "3")
+
+
+def test_how_learning_rates_were_chosen_is_told(made, recipe, tmp_path):
+    lines = [run_of("sst2", "qlora", state="not run", tried="1e-3 was tried first")]
+    assert "qlora: 1e-3 was tried first. Nothing is noted" in made(more=lines)
+    assert "Learning rates." not in made()
+    notes = {
+        job.setting.id: job.setting.tried for job in recipe.jobs_of("full", "", "base", tmp_path)
+    }
+    assert "88.07 % and 87.96 %" in notes["lora-8"]
+    assert notes["full"] == "1e-4 alone was tried"
+
+
+def test_the_table_says_how_a_run_was_trained(made, tmp_path):
+    more = [
+        run_of("sst2", "head", words="--limit 9 --lr 1", measurements=rows("head", 0.8),
+               settings={"batch_size": 32, "matmul_precision": "medium"}),
+        run_of("cost", "full", settings={"batch_size": 4, "length": 8}),
+    ]  # fmt: skip
+    text = made(more=more)
+    assert "| head | --limit 9 --lr 1 | 2 | 32 | medium | 1 |" in text
+    assert "(`--matmul-precision medium`): there a step can be faster" in text
+    more[0]["settings"]["matmul_precision"] = "highest"
+    assert "--matmul-precision" not in made(more=more)
+
+
+def test_half_a_study_has_whole_sentences_and_its_plots(made, tmp_path):
+    grown = [{"name": "peak memory growth", "subject": "CPU, resident", "value": 671e6},
+             {"name": "trainable tensors", "subject": "model", "value": 3}]  # fmt: skip
+    text = made(full=(), more=[run_of("cost", "full", measurements=grown)], drawn=True)
+    assert "Full fine-tuning 671 MB. The model itself is in all" in text
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {"learning-2", "cost"}
+    assert "for 2 steps: lora-8." in text
+    assert not re.search(r"[;:,(]\s*[.;)]", text.partition("## All settings")[0])
+
+
+def test_only_plots_of_ours_are_deleted(made, tmp_path):
+    for name in ("cost", "learning-7", "holiday", "parameters"):
+        (tmp_path / f"{name}.svg").write_text("<svg/>")
+    made()
+    assert {path.stem for path in tmp_path.glob("*.svg")} == {"holiday", "parameters"}
 
 
 def test_missing_runs_are_named(made):
@@ -493,6 +689,7 @@ def test_the_proof_is_told_with_what_is_no_pass(made, tmp_path):
             "status": "pass",
             "measured": 0.0,
             "compared": 872,
+            "note": "872 of 872 decisions agree",
         },
     ]
     latency = [
@@ -506,15 +703,24 @@ def test_the_proof_is_told_with_what_is_no_pass(made, tmp_path):
         for name, value in (("unmerged", 20.0), ("merged", 26.0), ("onnx", 10.0))
     ]
     latency.append({"name": "accuracy", "subject": "merged", "value": 0.9})
-    proof = run_of("proof", "lora", measurements=latency, verdicts=[v | verdict for v in verdicts])
+    proof = run_of("proof", "lora", measurements=latency, verdicts=[verdict | v for v in verdicts])
     text = made(more=[proof], drawn=True)
     assert "onnx, batch 1: 0.50 (pass); merged, batch 1: 1.30 (fail)" in text
-    assert "onnx: 0 of 872." in text
+    assert "onnx: pass, 872 of 872 decisions agree." in text
     assert "Accuracy on the dev sentences: merged 90.00 % (idle: with" in text
     assert (
         "2 of 3 verdicts of `lora-export run` on it are a pass; no pass: latency of merged" in text
     )
     assert ">26.0<" in (tmp_path / "latency.svg").read_text()
+
+
+def test_decisions_that_were_not_compared_are_not_said_to_agree(made):
+    verdict = {
+        "check": "decisions", "subject": "labels", "status": "inconclusive", "measured": None,
+        "compared": 0, "note": "",
+    }  # fmt: skip
+    proof = run_of("proof", "lora", verdicts=[verdict])
+    assert "model's: labels: inconclusive." in made(more=[proof])
 
 
 def test_generation_is_told_with_its_difference(made, tmp_path):
@@ -540,6 +746,7 @@ def test_generation_is_told_with_its_difference(made, tmp_path):
     assert re.search(r"lora-8 \(3 seeds, 1.48 % of the parameters\): ROUGE-L 41.00 % \[", text)
     gap = "(Welch, where there are seeds): ROUGE-L \N{MINUS SIGN}5.00 points ["
     assert f"LoRA minus full fine-tuning {gap}" in text
+    assert "answers for the others): ROUGE-L 9 (lora-8, full)." in text
 
 
 def test_the_table_has_plain_numbers(made, tmp_path, page):
