@@ -157,6 +157,7 @@ def test_a_merge_that_was_altered_is_not_exported(adapter, tmp_path):
         pipeline.export_file("torchscript", model=tmp_path / "merged", out=tmp_path / "m.pt")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_swapped_while_a_run_measures_fails(adapter, tmp_path, quick, monkeypatch):
     whole = timing.measure
 

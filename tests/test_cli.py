@@ -29,6 +29,7 @@ def test_the_commands_of_the_readme_chain(call, adapter, tmp_path):
     assert only(tmp_path, "sst2.safetensors", "merged", *files)
 
 
+@pytest.mark.slow
 def test_run_and_check_chain(call, adapter, tmp_path):
     # a tiny model on a busy machine proves no speed
     code, out, err = call("run", "--adapter", "sst2.safetensors", "--slowest", 1e9)

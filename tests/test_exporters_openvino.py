@@ -189,6 +189,7 @@ def test_eight_bits_need_inputs_to_find_ranges_on(tiny, tmp_path):
         exporter.export(Request(*plain(tiny), ABOUT, tmp_path / "model.xml", Form("int8")))
 
 
+@pytest.mark.slow
 def test_a_model_that_would_end_the_process_is_refused(tiny, classifier, tmp_path):
     """OpenVINO 2026.4 divides by zero when it compiles a Llama for one thread in bfloat16."""
     if not _has_bfloat16():

@@ -230,6 +230,7 @@ def test_a_program_of_somebody_else_is_refused(tmp_path):
         pt2.inspect(tmp_path / "model.pt2")
 
 
+@pytest.mark.slow
 def test_what_is_left_of_a_lora_would_be_found(tiny, fill, tmp_path):
     from lora_export import LoraConfig, inject
 

@@ -153,7 +153,9 @@ def test_a_single_seed_has_no_interval_and_what_is_undefined_no_mean(recipe):
     )
     other = [{**row, "seed": 1} for row in rows if row["name"] != "F1"]
     other.append({**place, "seed": 1, "name": "F1 undefined", "value": 10})
-    assert "| 2 | lora | 0.500 [0.500, 0.500] | - | 1,234 | 2 s | 2 |" in recipe.table(rows + other)
+    assert "| 2 | lora | 0.500 (all 2 seeds alike) | - | 1,234 | 2 s | 2 |" in (
+        recipe.table(rows + other)
+    )
 
 
 @pytest.mark.parametrize(

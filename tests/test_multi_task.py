@@ -88,6 +88,7 @@ def test_three_tasks_of_two_and_three_classes_are_served_from_one_base(
     assert found["tensors held, share", "of merged models"] == one / three < 0.5
 
 
+@pytest.mark.slow
 def test_a_finished_task_is_not_trained_again_and_one_of_other_settings_is_refused(
     run, recipe, monkeypatch
 ):
@@ -106,6 +107,7 @@ def test_a_finished_task_is_not_trained_again_and_one_of_other_settings_is_refus
     assert fits == []
 
 
+@pytest.mark.slow
 def test_a_task_that_was_stopped_goes_on_whether_there_was_a_checkpoint_yet_or_not(
     run, recipe, monkeypatch
 ):

@@ -289,6 +289,7 @@ def test_onnxruntime_multiplies_by_the_weights_of_the_blocks(layer, tmp_path, bi
     assert np.abs(wanted - (x @ w + b)).max() > (0.1 if bits == 4 else 0.005)
 
 
+@pytest.mark.slow
 def test_layers_that_four_bits_cost_too_much_get_eight(full, runs, tmp_path, monkeypatch):
     _, path = exported("bert-tokens", tmp_path / "m.onnx", runs, precision="int4")
     kept = json.loads(

@@ -342,6 +342,7 @@ def _exported(folder, out, **more):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_ranges_are_those_of_the_sentences_that_are_given(finished, tmp_path):
     """And not those that it is judged on: other sentences make another file, other data do not."""
     folder = finished[0]

@@ -53,7 +53,7 @@ def _rows(folder, name):
 
 
 def test_it_learns_and_writes_a_self_contained_adapter(train, tmp_path):
-    folder = train("--epochs", 15)
+    folder = train("--epochs", 10)
     assert {file.name for file in folder.iterdir()} == {
         "adapter.safetensors", "metrics.jsonl", "run.json",
     }  # fmt: skip

@@ -346,6 +346,7 @@ def test_a_report_needs_only_the_small_files(study):
     assert (out / "README.md").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_stopped_study_ends_its_runs_and_goes_on(data, tmp_path):
     words = [sys.executable, "-c", DRIVER, "--data", str(data), "--out", str(tmp_path / "out")]
     run = tmp_path / "out" / "runs" / "slow-seed-0"

@@ -63,6 +63,7 @@ def test_an_update_that_was_not_trained_fails(start, option, capsys):
     assert failed[0].endswith("12 of 12 are zero")
 
 
+@pytest.mark.slow
 def test_lora_learns_the_second_task(start, capsys):
     start("--steps", 80, "--lr", 0.01, "--width", 32)
     shares = capsys.readouterr().out.split("in the second ")[1].split()

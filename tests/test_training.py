@@ -171,9 +171,9 @@ def test_the_loss_is_that_of_the_whole_batch_before_the_step(tmp_path):
 
 def test_it_learns(tmp_path):
     examples = _examples()
-    _, history = _fit(tmp_path, evaluate=_accuracy(examples), epochs=30)
+    _, history = _fit(tmp_path, evaluate=_accuracy(examples), epochs=20)
     assert history.evaluations[0][1][0].value < 0.6
-    assert history.evaluations[-1][1][0].value > 0.8
+    assert history.evaluations[-1][1][0].value > 0.7
     assert history.losses[-1] < 0.7 < 1 < history.losses[0]
 
 
@@ -354,7 +354,7 @@ def test_nothing_to_learn_from_is_refused(tmp_path):
 
 
 def test_bfloat16_trains_and_the_model_is_as_before(tmp_path):
-    model, history = _fit(tmp_path, precision="bf16", epochs=20)
+    model, history = _fit(tmp_path, precision="bf16", epochs=5)
     assert history.losses[-1] < history.losses[0]
     assert model(torch.tensor([[1, 2]]), torch.ones(1, 2)).logits.dtype == torch.float32
 
