@@ -3,6 +3,7 @@
 import os
 import platform
 import resource
+import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -55,6 +56,17 @@ def describe(threads: int) -> dict[str, Any]:
         "openmp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
+
+
+def invoked(*program: str) -> str:
+    """Return the command line that ran as `program`, folders of this machine left out."""
+    return shlex.join([*program, *map(_without_folder, sys.argv[1:])])
+
+
+def _without_folder(word: str) -> str:
+    named = ("", "", word) if Path(word).is_absolute() else word.rpartition("=")
+    option, equals, value = named  # --out=FOLDER, or name=FOLDER
+    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def writers() -> dict[str, str | None]:

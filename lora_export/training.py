@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -231,14 +230,8 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         if (asked := _asked_of_the_launcher()) > 1:
-            command = [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(asked),
-            ]
-            os.execv(sys.executable, [sys.executable, *command, *sys.argv])
+            launcher = f"-m torch.distributed.run --standalone --nproc-per-node {asked}".split()
+            os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
         main()
     except KeyboardInterrupt:
         sys.exit("stopped; the same command with --resume goes on, if there is a checkpoint yet")
@@ -436,6 +429,7 @@ class _Loop:
         # Not given to `prepare`, which would let it advance once for each process.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_lr)
         self.wrapped, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.trained = [p for p in self.wrapped.parameters() if p.requires_grad]
         self.history = History()
         self.accelerator.register_for_checkpointing(self.history, self.schedule)
         self.accelerator.register_save_state_pre_hook(_drop_frozen)
@@ -512,8 +506,7 @@ class _Loop:
                 accelerator.backward(loss * (parts / labels_in_all))
                 total += loss.detach()
                 if accelerator.sync_gradients:
-                    trained = [p for p in self.wrapped.parameters() if p.requires_grad]
-                    accelerator.clip_grad_norm_(trained, self.settings.clip)
+                    accelerator.clip_grad_norm_(self.trained, self.settings.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
@@ -624,10 +617,10 @@ def _drop_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], _: s
     """Leave out of a checkpoint what training does not change; called by Accelerate."""
     for model, state in zip(models, weights, strict=False):  # sharded models come without
         known = model.named_parameters(remove_duplicate=False)
-        frozen = tuple(name for name, parameter in known if not parameter.requires_grad)
+        frozen = {name for name, parameter in known if not parameter.requires_grad}
+        below = tuple(f"{name}." for name in frozen)  # what packed weights are unpacked with
         for name in list(state):
-            # What a packed weight is unpacked with lies below its name.
-            if name in frozen or name.startswith(tuple(f"{one}." for one in frozen)):
+            if name in frozen or name.startswith(below):
                 del state[name]
 
 
@@ -689,22 +682,16 @@ def resources(model: nn.Module, history: History, saved: Path) -> tuple[Measurem
 
 def about(recipe: str, method: str, settings: Settings, **identity: Any) -> dict[str, Any]:
     """Return what a run is to be known by: command, settings, versions, machine; no path."""
-    words = [_without_folders(word) for word in sys.argv[1:]]
     return {
         "recipe": recipe,
         "method": method,
-        "command": shlex.join(["python", f"recipes/{recipe}.py", *words]),
+        "command": environment.invoked("python", f"recipes/{recipe}.py"),
         "seed": settings.seed,
         "settings": asdict(settings),
         **identity,
         "processes": processes().num_processes,
         "machine": environment.describe(torch.get_num_threads()),
     }
-
-
-def _without_folders(word: str) -> str:
-    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
-    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
 
 
 def write(
@@ -727,11 +714,16 @@ def write(
         step, found = history.final
         rows += [(step, one) for one in found]
     rows += [(history.step, one) for one in measurements]
-    with publishing.staged(folder / "metrics.jsonl", overwrite=True) as place:
-        lines = [json.dumps({**asdict(one), "step": step}) for step, one in rows]
-        place.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_metrics(folder, rows)
     with publishing.staged(folder / "run.json", overwrite=True) as place:
         storage.write_json(place, description)
     for left in (CHECKPOINT, BEST, PROGRESS):
         if (folder / left).exists():
             publishing.remove(folder / left)
+
+
+def write_metrics(folder: Path, rows: Iterable[tuple[int, Measurement]]) -> None:
+    """Write `metrics.jsonl` to `folder`: each measurement and its step, one JSON object a line."""
+    lines = [json.dumps({**asdict(one), "step": step}) for step, one in rows]
+    with publishing.staged(folder / "metrics.jsonl", overwrite=True) as place:
+        place.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -37,7 +37,6 @@ import multiprocessing
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -1110,8 +1109,7 @@ def memory_bytes(name: str) -> int:
 
 def command() -> str:
     """Return the command line that ran, with folders of this machine left out."""
-    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", "recipes/bench_export.py", *given])
+    return environment.invoked("python", "recipes/bench_export.py")
 
 
 def say(text: str) -> None:

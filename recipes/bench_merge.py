@@ -24,7 +24,6 @@ import json
 import os
 import platform
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -801,8 +800,7 @@ def file_system(path: Path) -> str:
 
 def command() -> str:
     """Return the command line that ran, with folders of this machine left out."""
-    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", "recipes/bench_merge.py", *given])
+    return environment.invoked("python", "recipes/bench_merge.py")
 
 
 def say(text: str) -> None:

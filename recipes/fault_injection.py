@@ -40,9 +40,7 @@ import math
 import os
 import random
 import re
-import shlex
 import shutil
-import sys
 import tempfile
 import time
 import warnings
@@ -1464,8 +1462,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 def command() -> str:
     """Return the command line that ran, with folders of this machine left out."""
-    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["python", "recipes/fault_injection.py", *given])
+    return environment.invoked("python", "recipes/fault_injection.py")
 
 
 def markdown(

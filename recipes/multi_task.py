@@ -31,7 +31,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ from lora_export import (
     load_adapter,
     merge,
     methods,
-    publishing,
     read_adapter,
     scoring,
     storage,
@@ -399,9 +398,7 @@ def write(
     about: Mapping[str, Any],
 ) -> None:
     """Write metrics.jsonl and, last, run.json."""
-    with publishing.staged(args.out / "metrics.jsonl", overwrite=True) as place:
-        lines = [json.dumps({**asdict(one), "step": 0}) for one in measured]
-        place.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    training.write_metrics(args.out, [(0, one) for one in measured])
     description = training.about("multi_task", args.method, settings, **about)
     storage.write_json(args.out / "run.json", description)
 

@@ -14,7 +14,6 @@ Writes metrics.jsonl and, last, run.json to --out, as the training recipes do. `
 import argparse
 import gc
 import importlib
-import json
 import os
 import random
 import re
@@ -22,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads give the core back
@@ -33,7 +31,16 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import lora_export
-from lora_export import InputError, LoraConfig, bases, environment, heads, methods, storage
+from lora_export import (
+    InputError,
+    LoraConfig,
+    bases,
+    environment,
+    heads,
+    methods,
+    storage,
+    training,
+)
 from lora_export.compare import median_interval
 from lora_export.quantised import load_nf4
 from lora_export.records import Measurement
@@ -69,8 +76,7 @@ def main() -> None:
     found = ratios(args) if args.ratios else memory(args)
     args.out.mkdir(parents=True, exist_ok=True)
     step = args.rounds if args.ratios else args.steps
-    lines = [json.dumps({**asdict(one), "step": step}) for one in found]
-    (args.out / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    training.write_metrics(args.out, [(step, one) for one in found])
     left_out = ("base", "method", "out", "seed")
     about = {
         "recipe": "study_cost",

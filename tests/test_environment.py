@@ -120,3 +120,23 @@ def test_memory_that_is_asked_for_is_resident():
 def test_where_the_system_does_not_tell_the_peak_stands_for_what_is_resident(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "_STATM", tmp_path / "absent")
     assert environment.resident_memory() == environment.peak_memory()
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("sst2", "sst2"),
+        ("data/sst2", "data/sst2"),
+        ("/home/me/sst2", "sst2"),
+        ("--out=/home/me/out", "--out=out"),
+        ("--out=out/study", "--out=out/study"),
+        ("reviews=/home/me/reviews.tsv", "reviews=reviews.tsv"),
+        ("--task=reviews=/home/me/reviews.tsv", "--task=reviews=reviews.tsv"),
+        ("/home/me/rank=8/adapter", "adapter"),
+        ("--lr=1e-3", "--lr=1e-3"),
+        ("two words", "'two words'"),
+    ],
+)
+def test_the_command_line_is_described_without_folders(monkeypatch, word, shown):
+    monkeypatch.setattr("sys.argv", ["/home/me/bin/tool", "go", word])
+    assert environment.invoked("tool") == f"tool go {shown}"

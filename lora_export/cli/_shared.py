@@ -1,8 +1,6 @@
 """Options and output that several commands share."""
 
 import json
-import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export import registry
+from lora_export import environment, registry
 from lora_export.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -173,12 +171,7 @@ model_option = click.option(
 
 def invoked() -> str:
     """Return the command line as typed, folders of this machine left out."""
-    return shlex.join(["lora-export", *map(_without_folder, sys.argv[1:])])
-
-
-def _without_folder(word: str) -> str:
-    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
-    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
+    return environment.invoked("lora-export")
 
 
 class Progress:
