@@ -1,6 +1,7 @@
 """What the models are run on: real sentences, and a grid of shapes made to find faults."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -61,6 +62,18 @@ def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
     return texts, labels
 
 
+def read_labelled(path: Path) -> tuple[list[str], list[int]]:
+    """Return sentences and their labels (class indices) of a `.tsv` file to train on or score by.
+
+    Raises:
+        InputError: as `read_texts`, or there are no labels.
+    """
+    texts, labels = read_texts(path)
+    if not labels:
+        raise InputError(f"{path} needs a header with a column 'label'")
+    return texts, labels
+
+
 def _shipped(name: str) -> str:
     return resources.files("lora_export").joinpath(f"data/{name}").read_text("utf-8")
 
@@ -106,7 +119,8 @@ def summary(batches: Sequence[Batch]) -> str:
 
 def _parse(text: str, file: Path) -> tuple[list[str], list[int]]:
     try:
-        reader = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        lines = io.StringIO(text, newline="")  # not splitlines, which cuts at U+2028 and others
+        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         names, rows = reader.fieldnames or (), list(reader)
     except csv.Error as error:
         raise InputError(f"cannot read {file}: {error}") from error

@@ -26,7 +26,6 @@ Needs the extra `recipes`. What --out gets and how --resume goes on: as recipes/
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -46,7 +45,17 @@ import transformers
 from accelerate.utils import gather_object
 from torch import nn
 
-from lora_export import BaseRef, InputError, LoraConfig, bases, heads, methods, scoring, training
+from lora_export import (
+    BaseRef,
+    InputError,
+    LoraConfig,
+    bases,
+    heads,
+    inputs,
+    methods,
+    scoring,
+    training,
+)
 from lora_export.injection import trainable_parameters
 from lora_export.records import Measurement
 
@@ -481,10 +490,8 @@ def write_sst2(folder: Path, out: Path) -> None:
     """Write SST-2 as plain text and as instructions of two tasks."""
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "dev"):
-        with (folder / f"{split}.tsv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        texts = [(row["sentence"].strip(), bool(int(row["label"]))) for row in rows]
-        lines = [json.dumps(one) for text in texts for one in tasks(*text)]
+        texts = list(zip(*inputs.read_labelled(folder / f"{split}.tsv"), strict=True))
+        lines = [json.dumps(one) for text, label in texts for one in tasks(text, bool(label))]
         (out / f"{split}.txt").write_text("".join(f"{text}\n" for text, _ in texts), "utf-8")
         (out / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
     print(f"train and dev as .txt and as .jsonl: {out}")

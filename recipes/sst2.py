@@ -13,7 +13,6 @@ it meanwhile: after Ctrl-C or a kill, the same command with --resume ends with t
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -37,6 +36,7 @@ from lora_export import (
     attach,
     bases,
     heads,
+    inputs,
     methods,
     quantised,
     scoring,
@@ -185,22 +185,21 @@ def load_data(source: str) -> Iterator[tuple[list[str], list[int]]]:
     folder = Path(source)
     if folder.is_dir():
         for name in ("train", "dev"):
-            path = folder / f"{name}.tsv"
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-            if not rows or not {"sentence", "label"} <= rows[0].keys():
-                raise InputError(
-                    f"{path}: expected columns sentence and label, and rows below them"
-                )
-            yield [row["sentence"] for row in rows], [int(row["label"]) for row in rows]
+            yield inputs.read_labelled(folder / f"{name}.tsv")
         return
     try:
         import datasets
     except ImportError:
         sys.exit(f"{source} is no folder; to load it from the hub, install lora-export[recipes]")
-    loaded = datasets.load_dataset(*source.split(":"))  # "nyu-mll/glue:sst2" names a config
-    for split in ("train", "validation"):
-        yield list(loaded[split]["sentence"]), list(loaded[split]["label"])
+    try:
+        loaded = datasets.load_dataset(*source.split(":"))  # "nyu-mll/glue:sst2" names a config
+        for split in ("train", "validation"):
+            yield list(loaded[split]["sentence"]), list(loaded[split]["label"])
+    except (KeyError, OSError, ValueError) as error:  # no such data set, split or column
+        raise InputError(
+            f"{source} is no folder; as a data set of the hub: {error}; "
+            "expected the splits train and validation with sentence and label"
+        ) from error
 
 
 def encode(

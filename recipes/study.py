@@ -38,7 +38,7 @@ from typing import IO, Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from lora_export import environment, storage
+from lora_export import InputError, environment, inputs, storage
 
 HERE = Path(__file__).parent
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -356,14 +356,10 @@ def digest(files: Sequence[Path]) -> str:
 
 def check_data(path: Path) -> None:
     """Refuse a file that is no part of SST-2, before hours are spent on the rest."""
-    if not path.is_file():
-        fault = "is missing"
-    else:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
-        if len(lines) > 1 and {"sentence", "label"} <= {*lines[0].split("\t")}:
-            return
-        fault = "has no rows with the columns sentence and label"
-    sys.exit(f"{path} {fault}; README.md says how to get the data, under 'Get SST-2'")
+    try:
+        inputs.read_labelled(path)
+    except InputError as error:
+        sys.exit(f"{error}; README.md says how to get the data, under 'Get SST-2'")
 
 
 def write_about(args: argparse.Namespace) -> None:

@@ -16,7 +16,6 @@ claim is measured, and the exit code is 1 if one fails.
 
 import argparse
 import copy
-import csv
 import random
 import sys
 import warnings
@@ -36,6 +35,7 @@ from lora_export import (
     LoraConfig,
     LoraLinear,
     inject,
+    inputs,
     load_adapter,
     merge,
     save_adapter,
@@ -212,13 +212,10 @@ def read(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """Return texts and labels of the train split, and of the dev split."""
     splits = []
     for name in ("train", "dev"):
-        with (folder / f"{name}.tsv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        if not rows or not {"sentence", "label"} <= rows[0].keys():
-            raise InputError(f"{folder / name}.tsv needs rows, and the columns sentence and label")
-        if strange := [row["label"] for row in rows if row["label"] not in ("0", "1")]:
-            raise InputError(f"{folder / name}.tsv has a label {strange[0]!r}; expected 0 or 1")
-        splits.append([(row["sentence"], int(row["label"])) for row in rows])
+        texts, labels = inputs.read_labelled(folder / f"{name}.tsv")
+        if strange := {*labels} - {0, 1}:
+            raise InputError(f"{folder / name}.tsv has labels {strange}; expected 0 and 1")
+        splits.append(list(zip(texts, labels, strict=True)))
     return splits[0], splits[1]
 
 

@@ -161,9 +161,9 @@ def test_a_single_seed_has_no_interval_and_what_is_undefined_no_mean(recipe):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ("text\tlabel\na\t0\n", r"train\.tsv: expected columns sentence and label, and rows"),
-        ("sentence\tlabel\na\tpositive\n", "expected train.tsv and dev.tsv with the columns"),
-        ("sentence\tlabel\n", r"train\.tsv: expected columns sentence and label, and rows"),
+        ("sentence\na\n", r"train\.tsv needs a header with a column 'label'"),
+        ("sentence\tlabel\na\tpositive\n", r"train\.tsv: labels are class indices"),
+        ("sentence\tlabel\n", r"train\.tsv holds no sentences"),
         ("sentence\tlabel\na\t-1\n", r"the labels of train are \[-1\]; expected all from 0"),
         ("sentence\tlabel\na\t0\nb\t2\n", r"the labels of train are \[0, 2\]; expected all from 0"),
     ],

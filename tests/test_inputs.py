@@ -221,6 +221,22 @@ def test_a_table_without_labels_gives_none(tmp_path):
     assert inputs.read_texts(_write(tmp_path, "sentence\ngood film\n")) == (["good film"], [])
 
 
+def test_what_is_to_be_learned_needs_labels(tmp_path):
+    labelled, bare = (
+        _write(tmp_path, "text\tlabel\ngood\t1\n"),
+        _write(tmp_path, "text\nx\n", "b.tsv"),
+    )
+    assert inputs.read_labelled(labelled) == (["good"], [1])
+    with pytest.raises(InputError, match=r"b\.tsv needs a header with a column 'label'"):
+        inputs.read_labelled(bare)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c"])
+def test_only_a_line_end_ends_a_row(tmp_path, mark):
+    path = _write(tmp_path, f"sentence\tlabel\r\ngood{mark}film\t1\r\n")
+    assert inputs.read_texts(path) == ([f"good{mark}film"], [1])
+
+
 def test_quotes_in_a_table_are_text(tmp_path):
     path = _write(tmp_path, 'sentence\tlabel\n"good\t1\nso " bad\t0\n')
     assert inputs.read_texts(path) == (['"good', 'so " bad'], [1, 0])

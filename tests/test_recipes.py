@@ -52,6 +52,28 @@ def _rows(folder, name):
     return [row for row in rows if row["name"] == name]
 
 
+def _on_the_hub(monkeypatch, **splits):
+    import datasets
+
+    made = {name: datasets.Dataset.from_dict(columns) for name, columns in splits.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words: {"sst2": made}[words[-1]])
+
+
+def test_data_sets_of_the_hub_are_read(recipe, monkeypatch):
+    columns = {"sentence": ["good film"], "label": [1]}
+    _on_the_hub(monkeypatch, train=columns, validation=columns)
+    assert list(recipe.load_data("nyu-mll/glue:sst2")) == [(["good film"], [1])] * 2
+
+
+def test_a_data_set_of_the_hub_without_the_columns_is_refused(recipe, monkeypatch):
+    _on_the_hub(monkeypatch, train={"sentence": ["good film"], "label": [1]})
+    with pytest.raises(InputError, match="'validation'; expected the splits train and"):
+        list(recipe.load_data("nyu-mll/glue:sst2"))
+    _on_the_hub(monkeypatch, train={"text": ["good film"], "label": [1]})
+    with pytest.raises(InputError, match=r"sst2 is no folder; as .*'sentence'"):
+        list(recipe.load_data("nyu-mll/glue:sst2"))
+
+
 def test_it_learns_and_writes_a_self_contained_adapter(train, tmp_path):
     folder = train("--epochs", 10)
     assert {file.name for file in folder.iterdir()} == {

@@ -324,11 +324,11 @@ def test_a_dry_run_prints_commands_and_runs_nothing(study, tmp_path, capsys):
 
 
 def test_data_that_are_not_there_are_refused(study, data):
-    (data / "train.tsv").write_text("text\tlabel\na film \t1\n")
-    with pytest.raises(SystemExit, match=r"train.tsv has no rows with the columns .*'Get SST-2'"):
+    (data / "train.tsv").write_text("sentence\na film \n")
+    with pytest.raises(SystemExit, match=r"train.tsv needs a header with a column 'label'; README"):
         study(*BOTH)
     (data / "train.tsv").unlink()
-    with pytest.raises(SystemExit, match=r"train.tsv is missing; README.md says .*'Get SST-2'"):
+    with pytest.raises(SystemExit, match=r"cannot read .*train.tsv: No such file.*'Get SST-2'"):
         study(*BOTH)
 
 
