@@ -18,9 +18,7 @@ NEGATIVE = ["a bad film", "the worst cast", "i hate it", "dull and boring", "ver
 
 @pytest.fixture(scope="module")
 def recipe():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES))
-        yield importlib.import_module("few_shot")
+    return importlib.import_module("few_shot")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """recipes/sst2.py on a tiny base: each method, what it writes, killed runs."""
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import signal
 import subprocess
@@ -22,12 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe as a module: it is a script, and no part of the package."""
-    spec = importlib.util.spec_from_file_location("sst2", ROOT / "recipes" / "sst2.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sst2"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("sst2")
 
 
 @pytest.fixture(scope="module")

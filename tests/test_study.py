@@ -44,15 +44,11 @@ study.main()
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe as a module: it is a script, and no part of the package."""
-    before = [*sys.path]
-    sys.path.insert(0, str(ROOT / "recipes"))
-    yield importlib.import_module("study")
-    sys.path[:] = before
+    return importlib.import_module("study")
 
 
 @pytest.fixture(scope="module")
-def page(recipe):
+def page():
     """The part that draws and writes."""
     return importlib.import_module("study_report")
 
