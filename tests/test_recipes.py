@@ -25,15 +25,10 @@ def recipe():
     return importlib.import_module("sst2")
 
 
-@pytest.fixture(scope="module")
-def data(sentences):
-    return sentences
-
-
 @pytest.fixture
-def train(recipe, tiny_base, data, tmp_path, monkeypatch):
+def train(recipe, tiny_base, sentences, tmp_path, monkeypatch):
     def run(*more, base=tiny_base, out="run"):
-        words = ["--base", base, "--data", data, "--out", tmp_path / out, "--epochs", 3]
+        words = ["--base", base, "--data", sentences, "--out", tmp_path / out, "--epochs", 3]
         words += ["--batch-size", 8, "--evaluate-every", 5, "--lr", 0.01, *more]
         monkeypatch.setattr(sys, "argv", ["sst2.py", *map(str, words)])
         recipe.main()
@@ -142,11 +137,11 @@ def test_the_dropout_of_the_base_is_an_option(recipe, train, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(train, tiny_base, data, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bits(train, tiny_base, sentences, tmp_path):
     """SIGKILL at any moment, more than once: nothing is caught, nothing is said farewell to."""
     whole = train("--epochs", 60, out="whole")
     command = [
-        sys.executable, ROOT / "recipes" / "sst2.py", "--base", tiny_base, "--data", data,
+        sys.executable, ROOT / "recipes" / "sst2.py", "--base", tiny_base, "--data", sentences,
         "--out", tmp_path / "killed", "--epochs", 60, "--batch-size", 8, "--evaluate-every", 5,
         "--lr", 0.01,
     ]  # fmt: skip
