@@ -1,6 +1,10 @@
-"""What a study says, in sections: sentences in plain words, of figures that are computed here."""
+"""What a study says in plain words, section by section.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+Every figure in a sentence is computed from what the study found; a sentence without data behind it
+is not said.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +12,6 @@ import numpy as np
 from study_plots import Plot, one_of_each_method
 from study_results import (
     SCORES,
-    WHOLE,
     Estimate,
     Group,
     Run,
@@ -21,12 +24,12 @@ from study_results import (
     significant,
     size,
 )
-from study_tables import Table, tables
+from study_tables import Table
 
 WITHIN = 0.015  # of full fine-tuning's accuracy: what the study asks of LoRA
 MOST_SHARE = 0.015  # of the parameters that LoRA may train
 BEST = 0.895  # accuracy that the best LoRA run is to reach, in the preset full
-LORA, FULL = "lora-8", "full"  # the settings that are compared, on sentences
+LORA = "lora-8"  # the setting that is held against full fine-tuning
 FAMILY = ("lora", "rslora", "dora", "qlora")
 
 
@@ -41,11 +44,11 @@ class Section:
     items: Sequence[str] = ()
 
 
-def sections_of(study: Study, plots: Mapping[str, Plot]) -> list[Section]:
+def sections_of(study: Study, plots: Sequence[Plot], tables: Sequence[Table]) -> list[Section]:
     """Return the page, top to bottom; sections with nothing to say are left out."""
 
     def section(title: str, said: Iterable[str], *names: str, **more: Any) -> Section:
-        shown = [plot for name, plot in plots.items() if name.startswith(names)] if names else []
+        shown = [plot for plot in plots if plot.name.startswith(names)]
         return Section(title, list(said), shown, **more)
 
     missing = list(not_reached(study))
@@ -58,7 +61,7 @@ def sections_of(study: Study, plots: Mapping[str, Plot]) -> list[Section]:
         section("What a training step costs", what_it_costs(study), "cost"),
         section("What merging does", what_merging_does(study), "latency"),
         section("A model that writes", writing(study), "generation"),
-        section("All settings", all_settings(study), tables=tables(study)),
+        section("All settings", all_settings(tables), tables=tables),
         section("Not reached, not run", () if missing else (nothing,), items=missing),
         section("How it was made", how_it_was_made(study)),
     ]
@@ -84,7 +87,7 @@ def introduction(study: Study) -> Iterator[str]:
 
 def compared(study: Study) -> tuple[Group, Group, Estimate] | None:
     """Return LoRA, full fine-tuning and the difference of their accuracies."""
-    lora, full = study.group("sst2", LORA), study.group("sst2", FULL)
+    lora, full = study.group("sst2", LORA), study.whole("sst2")
     if lora is None or full is None or (gap := lora.gap(full, "accuracy")) is None:
         return None
     return lora, full, gap
@@ -158,7 +161,6 @@ def best_run(study: Study) -> tuple[Run, float, int] | None:
 
 def how_they_learn(study: Study) -> Iterator[str]:
     """Explain the curves, with where they begin and end."""
-    lora, full = study.group("sst2", LORA), study.group("sst2", FULL)
     if not any(run.id in study.curves for group in study.groups("sst2") for run in group.runs):
         return
     yield (
@@ -169,9 +171,9 @@ def how_they_learn(study: Study) -> Iterator[str]:
     for steps, groups in study.budgets().items():
         drawn = ", ".join(group.label for group in one_of_each_method(groups))
         yield f"Drawn is the first setting of each method; for {steps:,} steps: {drawn}."
-    for group in (lora, full):
-        line = [study.curves.get(r.id, {}).get("accuracy", []) for r in group.runs] if group else []
-        if group and all(line):
+    for group in filter(None, (study.group("sst2", LORA), study.whole("sst2"))):
+        line = [study.curves.get(run.id, {}).get("accuracy", []) for run in group.runs]
+        if all(line):
             first, last = (float(np.mean([points[i][1] for points in line])) for i in (0, -1))
             yield (
                 f"{group.label}: {percent(first)} after {line[0][0][0]:.0f} steps, "
@@ -203,21 +205,20 @@ def how_small(study: Study) -> Iterator[str]:
 
 def predicted_sizes(lora: Group, full: Group) -> Iterator[str]:
     """Say what the optimizer keeps and what is kept on disk, predicted and measured."""
+    state, file = lora.state / full.state, lora.file / full.file
     yield (
         "The optimizer AdamW keeps two 4-byte numbers for every trained parameter and a 4-byte "
-        f"counter for every tensor. For {LORA} that makes {size(lora.state_predicted)}; measured "
-        f"were {size(lora.state_bytes)}. For full fine-tuning it makes "
-        f"{size(full.state_predicted)}; measured were {size(full.state_bytes)}. The ratio is "
-        f"{significant(lora.state_predicted / full.state_predicted)} predicted, "
-        f"{significant(lora.state_bytes / full.state_bytes)} measured."
+        f"counter for every tensor. For {LORA} that makes {size(lora.state.predicted)}; measured "
+        f"were {size(lora.state.measured)}. For full fine-tuning it makes "
+        f"{size(full.state.predicted)}; measured were {size(full.state.measured)}. The ratio is "
+        f"{significant(state.predicted)} predicted, {significant(state.measured)} measured."
     )
     yield (
-        f"What has to be kept is 4 bytes for each trained parameter: {size(lora.file_predicted)} "
-        f"for {LORA} ({size(lora.file_bytes)} on disk, the rest is a description), "
-        f"{size(full.file_predicted)} for the full model ({size(full.file_bytes)} on disk, with "
-        f"its configuration and tokenizer). The ratio is "
-        f"{significant(lora.file_predicted / full.file_predicted)} predicted, "
-        f"{significant(lora.file_bytes / full.file_bytes)} measured."
+        f"What has to be kept is 4 bytes for each trained parameter: {size(lora.file.predicted)} "
+        f"for {LORA} ({size(lora.file.measured)} on disk, the rest is a description), "
+        f"{size(full.file.predicted)} for the full model ({size(full.file.measured)} on disk, with "
+        "its configuration and tokenizer). The ratio is "
+        f"{significant(file.predicted)} predicted, {significant(file.measured)} measured."
     )
 
 
@@ -313,7 +314,7 @@ def what_merging_does(study: Study) -> Iterator[str]:
 
 def writing(study: Study) -> Iterator[str]:
     """Say how LoRA and full fine-tuning compare where text is written."""
-    groups = {group.id: group for group in study.groups("causal_lm")}
+    groups = study.groups("causal_lm")
     if not groups:
         return
     pretrained = study.group("pretraining", "pretrained")
@@ -327,7 +328,7 @@ def writing(study: Study) -> Iterator[str]:
         "right answer: higher is better."
     )
     counted: dict[str, list[str]] = {}
-    for group in groups.values():
+    for group in groups:
         scores = [
             f"{one.name} {one.shown(v).text(one.digits, one.unit)}" for one, v in group.scores()
         ]
@@ -340,7 +341,7 @@ def writing(study: Study) -> Iterator[str]:
             f"On how many these rest (tokens for perplexity, answers for the others): {rests_on} "
             f"({', '.join(labels)})."
         )
-    lora, full = groups.get(f"answers-{LORA}"), groups.get(WHOLE["causal_lm"])
+    lora, full = study.group("causal_lm", f"answers-{LORA}"), study.whole("causal_lm")
     if lora and full:
         gaps = []
         for score, _ in lora.scores():
@@ -351,9 +352,9 @@ def writing(study: Study) -> Iterator[str]:
             yield f"LoRA minus full fine-tuning (Welch, where there are seeds): {'; '.join(gaps)}."
 
 
-def all_settings(study: Study) -> Iterator[str]:
-    """Explain the table."""
-    if tables(study):
+def all_settings(tables: Sequence[Table]) -> Iterator[str]:
+    """Explain the tables."""
+    if tables:
         yield (
             "How each was trained: `arguments` are the preset's and then the setting's, of which a "
             "later one of a name counts; `batch` is the examples of a step, `products` with which "

@@ -2,11 +2,12 @@
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib import style
 from matplotlib.figure import Figure
 from study_results import SCORES, Group, Study
 
@@ -45,29 +46,36 @@ class Plot:
     svg: str
 
 
-def plots_of(study: Study) -> Iterator[Plot]:
+def plots_of(study: Study) -> list[Plot]:
     """Draw what there is data for."""
-    figures: list[tuple[str, str, Figure | None]] = []
-    for steps, groups in study.budgets().items():
-        budget = f"{steps:,} steps of training"
-        for name, text, figure in (
-            ("learning", "Loss and accuracy over the steps", learning(study, groups)),
-            ("parameters", "Accuracy against the trained parameters", by_parameters(groups)),
-        ):
-            figures.append((f"{name}-{steps}", f"{text}: {budget}", figure))
-            if figure is not None:
-                figure.suptitle(budget, fontsize=10)
-    text = "Memory and time of a training step, by method"
-    figures.append(("cost", text, costs(study)))
-    text = "Latency of the unmerged, the merged and the exported model"
-    figures.append(("latency", text, latencies(study)))
-    text = "Perplexity and ROUGE-L over the steps of training"
-    figures.append(("generation", text, generation(study)))
-    for name, text, figure in figures:
-        if figure is not None:
-            file = io.StringIO()
-            figure.savefig(file, format="svg", metadata={"Date": None})
-            yield Plot(name, text, file.getvalue())
+    with style.context(["default", STYLE]):
+        figures: list[tuple[str, str, Figure | None]] = []
+        for steps, groups in study.budgets().items():
+            budget = f"{steps:,} steps of training"
+            for name, text, figure in (
+                ("learning", "Loss and accuracy over the steps", learning(study, groups)),
+                ("parameters", "Accuracy against the trained parameters", by_parameters(groups)),
+            ):
+                figures.append((f"{name}-{steps}", f"{text}: {budget}", figure))
+                if figure is not None:
+                    figure.suptitle(budget, fontsize=10)
+        figures += [
+            ("cost", "Memory and time of a training step, by method", costs(study)),
+            (
+                "latency",
+                "Latency of the unmerged, the merged and the exported model",
+                latencies(study),
+            ),
+            ("generation", "Perplexity and ROUGE-L over the steps of training", generation(study)),
+        ]
+        return [Plot(name, text, svg_of(figure)) for name, text, figure in figures if figure]
+
+
+def svg_of(figure: Figure) -> str:
+    """Return a figure as SVG, without the date on which it is drawn."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def learning(study: Study, groups: Sequence[Group]) -> Figure | None:

@@ -1,19 +1,17 @@
 """What `study.py` found, as a table, plots and a page in plain words; all of it from small files.
 
 `write(OUT)` reads about.json, study.jsonl and curves.json, and writes table.md, table.csv, the
-plots (*.svg), README.md and index.html beside them. Every figure in a sentence is computed here
-from those files; a sentence without data behind it is not written.
+plots (*.svg), README.md and index.html beside them.
 """
 
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
-from matplotlib import style
+from markupsafe import Markup
 from study_page import Section, sections_of
-from study_plots import PLOTS, STYLE, plots_of
+from study_plots import PLOTS, plots_of
 from study_results import read
 from study_tables import Table, csv_table, tables
 
@@ -21,16 +19,15 @@ from study_tables import Table, csv_table, tables
 def write(out: Path) -> None:
     """Write table, plots and pages into `out`, from the small files there."""
     study = read(out)
-    with style.context(["default", STYLE]):
-        plots = {plot.name: plot for plot in plots_of(study)}
+    plots, shown = plots_of(study), tables(study)
     for old in out.glob("*.svg"):
         if PLOTS.fullmatch(old.stem):
             old.unlink()
-    for plot in plots.values():
+    for plot in plots:
         (out / f"{plot.name}.svg").write_text(plot.svg, "utf-8")
-    sections = sections_of(study, plots)
+    sections = sections_of(study, plots, shown)
     (out / "table.csv").write_text(csv_table(study), "utf-8")
-    (out / "table.md").write_text("\n\n".join(markdown(t) for t in tables(study)) + "\n", "utf-8")
+    (out / "table.md").write_text("\n\n".join(markdown(table) for table in shown) + "\n", "utf-8")
     (out / "README.md").write_text(markdown_page(sections), "utf-8")
     (out / "index.html").write_text(html_page(sections), "utf-8")
 
@@ -113,10 +110,8 @@ def html_page(sections: Sequence[Section]) -> str:
     return surroundings.from_string(PAGE).render(sections=sections)
 
 
-def code(text: str) -> Any:
+def code(text: str) -> Markup:
     """Return a paragraph with what stands between backquotes as code."""
-    from markupsafe import Markup
-
     parts = text.split("`")
     wrapped = [Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)]
     return Markup("").join(wrapped)

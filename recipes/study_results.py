@@ -48,7 +48,7 @@ SCORES = {
         Score("exact match", 2, " %"),
     ),
 }
-WHOLE = {"sst2": "full", "causal_lm": "answers-full"}  # what the others are held against
+WHOLE = {"sst2": "full", "causal_lm": "answers-full"}  # full fine-tuning, by recipe
 
 
 # ---------------------------------------------------------------- statistics
@@ -149,6 +149,17 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Amount:
+    """As a formula predicts it, and as it was measured: bytes, or the ratio of two."""
+
+    predicted: float
+    measured: float
+
+    def __truediv__(self, whole: "Amount") -> "Amount":
+        return Amount(self.predicted / whole.predicted, self.measured / whole.measured)
+
+
+@dataclass(frozen=True)
 class Group:
     """The finished runs of one setting, which differ in their seeds."""
 
@@ -196,11 +207,10 @@ class Group:
 
     def samples(self, name: str) -> int:
         """Return on how many things a metric rests."""
-        return next(int(m["samples"]) for m in self.first_with(name) if m["name"] == name)
-
-    def first_with(self, name: str) -> Sequence[Mapping[str, Any]]:
-        """Return the measurements of the first run that has a metric."""
-        return next(run.measurements for run in self.runs if run.get(name, "dev") is not None)
+        measured = (one for run in self.runs for one in run.measurements)
+        return next(
+            int(m["samples"]) for m in measured if (m["name"], m["subject"]) == (name, "dev")
+        )
 
     def scores(self) -> Iterator[tuple[Score, Estimate]]:
         """Yield each metric of the answers that there is, as it is measured."""
@@ -219,24 +229,15 @@ class Group:
         return self.parameters / (self.first.get("parameters") or math.nan)
 
     @property
-    def state_bytes(self) -> float:
-        """Of the optimizer, measured."""
-        return self.first.get("optimizer state") or math.nan
-
-    @property
-    def state_predicted(self) -> float:
+    def state(self) -> Amount:
         """Of AdamW: two float32 numbers for each parameter, and a step count for each tensor."""
-        return 8 * self.parameters + 4 * (self.first.get("stored tensors") or math.nan)
+        predicted = 8 * self.parameters + 4 * (self.first.get("stored tensors") or math.nan)
+        return Amount(predicted, self.first.get("optimizer state") or math.nan)
 
     @property
-    def file_bytes(self) -> float:
-        """Of what has to be kept, measured."""
-        return self.first.get("checkpoint size") or math.nan
-
-    @property
-    def file_predicted(self) -> float:
-        """A float32 number for each parameter that was trained."""
-        return 4 * self.parameters
+    def file(self) -> Amount:
+        """What has to be kept: a float32 number for each parameter that was trained."""
+        return Amount(4 * self.parameters, self.first.get("checkpoint size") or math.nan)
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,10 @@ class Study:
     def group(self, recipe: str, setting: str) -> Group | None:
         """Return one setting, where it has finished runs."""
         return next((group for group in self.groups(recipe) if group.id == setting), None)
+
+    def whole(self, recipe: str) -> Group | None:
+        """Return full fine-tuning, which a recipe's other settings are held against."""
+        return self.group(recipe, WHOLE[recipe])
 
     @property
     def proof(self) -> Run | None:

@@ -5,7 +5,7 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from study_results import SCORES, WHOLE, Group, Study, number, share, significant, size
+from study_results import SCORES, Amount, Group, Study, number, share, significant, size
 
 
 @dataclass(frozen=True)
@@ -23,56 +23,44 @@ def tables(study: Study) -> list[Table]:
 
 def table_of(study: Study, recipe: str) -> Table:
     """Return a row for each setting; ratios are to full fine-tuning, predicted and measured."""
-    full = study.group(recipe, WHOLE[recipe])
-    rows = []
-    for group in study.groups(recipe):
-        known = dict(group.scores())
-        scores = [
-            score.shown(known[score]).text(score.digits) if score in known else ""
-            for score in SCORES[recipe]
-        ]
-        rows.append(
-            (
-                group.label,
-                group.first.words,
-                f"{group.steps:,}",
-                str(group.first.settings.get("batch_size", "")),
-                str(group.first.settings.get("matmul_precision", "")),
-                str(len(group.runs)),
-                *scores,
-                number(group.parameters, 0),
-                share(group),
-                size(group.state_bytes),
-                ratios(group.state_predicted, group.state_bytes, full, "state"),
-                size(group.file_bytes),
-                ratios(group.file_predicted, group.file_bytes, full, "file"),
-            )
-        )
-    columns = (
-        "setting",
-        "arguments",
-        "steps",
-        "batch",
-        "products",
-        "seeds",
-        *(score.name + (", %" if score.unit else "") for score in SCORES[recipe]),
-        "trained parameters",
-        "of all",
-        "optimizer state",
-        "to full: predicted, measured",
-        "kept file",
-        "to full: predicted, measured",
+    rows = [row_of(group, study.whole(recipe)) for group in study.groups(recipe)]
+    return Table(
+        tuple(column for column, _ in rows[0]),
+        tuple(tuple(cell for _, cell in row) for row in rows),
     )
-    return Table(columns, tuple(rows))
 
 
-def ratios(predicted: float, measured: float, full: Group | None, kind: str) -> str:
-    """Return two ratios to full fine-tuning."""
-    if full is None:
-        return ""
-    wholes = getattr(full, f"{kind}_predicted"), getattr(full, f"{kind}_bytes")
-    pair = predicted / wholes[0], measured / wholes[1]
-    return ", ".join(map(significant, pair))
+def row_of(group: Group, full: Group | None) -> list[tuple[str, str]]:
+    """Return each column with what stands in it."""
+    known = dict(group.scores())
+    scores = [
+        (
+            score.name + (", %" if score.unit else ""),
+            score.shown(known[score]).text(score.digits) if score in known else "",
+        )
+        for score in SCORES[group.first.recipe]
+    ]
+    to_full = "to full: predicted, measured"
+    return [
+        ("setting", group.label),
+        ("arguments", group.first.words),
+        ("steps", f"{group.steps:,}"),
+        ("batch", str(group.first.settings.get("batch_size", ""))),
+        ("products", str(group.first.settings.get("matmul_precision", ""))),
+        ("seeds", str(len(group.runs))),
+        *scores,
+        ("trained parameters", number(group.parameters, 0)),
+        ("of all", share(group)),
+        ("optimizer state", size(group.state.measured)),
+        (to_full, ratios(group.state / full.state) if full else ""),
+        ("kept file", size(group.file.measured)),
+        (to_full, ratios(group.file / full.file) if full else ""),
+    ]
+
+
+def ratios(found: Amount) -> str:
+    """Return a ratio to full fine-tuning, predicted and measured."""
+    return f"{significant(found.predicted)}, {significant(found.measured)}"
 
 
 def csv_table(study: Study) -> str:
@@ -83,14 +71,13 @@ def csv_table(study: Study) -> str:
     columns += [f"{name}{end}" for name in scores for end in ("", " low", " high", " seeds")]
     columns += ["trainable parameters", "share"]
     for what in ("optimizer state", "checkpoint"):
-        columns += [f"{what} {end}" for end in (
-            "bytes", "bytes predicted", "ratio to full", "ratio to full predicted",
-        )]  # fmt: skip
+        for name in (f"{what} bytes", f"{what} ratio to full"):
+            columns += [name, f"{name} predicted"]
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for recipe in SCORES:
-        full = study.group(recipe, WHOLE[recipe])
+        full = study.whole(recipe)
         for group in study.groups(recipe):
             row: dict[str, Any] = {
                 "recipe": recipe,
@@ -108,12 +95,11 @@ def csv_table(study: Study) -> str:
                 row |= {score.name: found.value, f"{score.name} seeds": found.count}
                 if not found.is_single:
                     row |= {f"{score.name} low": found.low, f"{score.name} high": found.high}
-            for what, kind in (("optimizer state", "state"), ("checkpoint", "file")):
-                for end, attribute in (("", "bytes"), (" predicted", "predicted")):
-                    value = getattr(group, f"{kind}_{attribute}")
-                    row[f"{what} bytes{end}"] = value
-                    if full is not None:
-                        whole = getattr(full, f"{kind}_{attribute}")
-                        row[f"{what} ratio to full{end}"] = value / whole
+            amounts = {"optimizer state bytes": group.state, "checkpoint bytes": group.file}
+            if full is not None:
+                amounts["optimizer state ratio to full"] = group.state / full.state
+                amounts["checkpoint ratio to full"] = group.file / full.file
+            for name, amount in amounts.items():
+                row |= {name: amount.measured, f"{name} predicted": amount.predicted}
             writer.writerow(row)
     return file.getvalue()
