@@ -248,7 +248,7 @@ def rows_of(cell: Cell) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a Markdown table: a line for each size and method, means over seeds with intervals."""
-    from study_report import mean_interval  # matplotlib is loaded with it, not for --help
+    from study_results import mean_interval  # scipy is loaded with it, not for --help
 
     found_names = dict.fromkeys(row["name"] for row in rows if row["subject"] == "dev")
     names = [name for name in found_names if not name.endswith(" undefined")]

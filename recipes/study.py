@@ -13,7 +13,7 @@ skipped, what has a checkpoint is resumed. A run that fails is named, and the ot
 
 Results, all small: study.jsonl (the final figures of every run), curves.json, table.md, table.csv,
 plots, README.md and index.html (the page that explains them). --report writes them anew from the
-runs that are there; `study_report.py` has the statistics, the drawing and the words.
+runs that are there; `study_report.py` does that.
 """
 
 import argparse

@@ -1,12 +1,13 @@
 """The bench of exports: it runs, its figures come from its samples, what is missing is said."""
 
-import importlib.util
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,15 +18,8 @@ SCRIPT = ROOT / "recipes" / "bench_export.py"
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe as a module: it is a script, and no part of the package."""
-    before = dict(os.environ)
-    spec = importlib.util.spec_from_file_location("bench_export", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_export"] = module
-    spec.loader.exec_module(module)
-    os.environ.clear()
-    os.environ.update(before)
-    return module
+    with mock.patch.dict(os.environ):  # it sets some for the processes that it starts
+        return importlib.import_module("bench_export")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The bench of merging: what it makes loads elsewhere, and its figures come from its samples."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -22,12 +22,7 @@ SHARD = 4_000_000
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe as a module: it is a script, and no part of the package."""
-    spec = importlib.util.spec_from_file_location("bench_merge", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_merge"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("bench_merge")
 
 
 @pytest.fixture(scope="module")

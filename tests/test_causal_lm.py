@@ -1,6 +1,6 @@
 """The recipe for language models: what is learned of an example, what is asked, what comes out."""
 
-import importlib.util
+import importlib
 import json
 import shutil
 import subprocess
@@ -24,12 +24,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe as a module: it is a script, and no part of the package."""
-    spec = importlib.util.spec_from_file_location("causal_lm", ROOT / "recipes" / "causal_lm.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["causal_lm"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("causal_lm")
 
 
 @pytest.fixture

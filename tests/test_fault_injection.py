@@ -1,11 +1,10 @@
 """The recipe that plants faults: what it counts, what it plants, and a few faults end to end."""
 
-import importlib.util
+import importlib
 import json
 import random
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -17,7 +16,6 @@ from onnx import TensorProto, helper, numpy_helper
 from lora_export.errors import InputError
 from lora_export.records import Status, Verdict
 
-SCRIPT = Path(__file__).parent.parent / "recipes" / "fault_injection.py"
 ABOUT = {
     "processor": "a processor",
     "threads": 2,
@@ -29,12 +27,7 @@ ABOUT = {
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe as a module: it is a script, and no part of the package."""
-    spec = importlib.util.spec_from_file_location("fault_injection", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fault_injection"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("fault_injection")
 
 
 def verdict(check, status, note="", where=()):

@@ -12,34 +12,20 @@ from scipy import stats
 from lora_export import InputError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-POSITIVE = ["a great film", "the best cast", "i love it", "warm and charming", "very funny music"]
-NEGATIVE = ["a bad film", "the worst cast", "i hate it", "dull and boring", "very silly music"]
 
 
 @pytest.fixture(scope="module")
 def recipe():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES))
-        yield importlib.import_module("few_shot")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    rows = [(text, 1) for text in POSITIVE] + [(text, 0) for text in NEGATIVE]
-    lines = "".join(f"{text} \t{label}\n" for text, label in rows)
-    for name, times in (("train", 4), ("dev", 1)):
-        (folder / f"{name}.tsv").write_text("sentence\tlabel\n" + lines * times)
-    return folder
+    return importlib.import_module("few_shot")
 
 
 @pytest.fixture
-def run(recipe, tiny_base, data, tmp_path, monkeypatch):
+def run(recipe, tiny_base, sentences, tmp_path, monkeypatch):
     """`run(*words)`: run the recipe; return its directory."""
 
     def call(*more):
-        words = ["--base", tiny_base, "--data", data, "--out", tmp_path / "out", "--epochs", 2]
-        words += ["--per-class", "2,4", "--methods", "lora", "--seeds", 2, *more]
+        words = ["--base", tiny_base, "--data", sentences, "--out", tmp_path / "out"]
+        words += ["--epochs", 2, "--per-class", "2,4", "--methods", "lora", "--seeds", 2, *more]
         monkeypatch.setattr(sys, "argv", ["few_shot.py", *map(str, words)])
         recipe.main()
         return tmp_path / "out"
@@ -75,8 +61,8 @@ def test_every_method_has_a_learning_rate(recipe):
 
 
 def test_a_class_with_too_few_sentences_is_refused(recipe, run):
-    with pytest.raises(InputError, match="class 0 has 20 training sentences; lower --per-class 21"):
-        run("--per-class", "21")
+    with pytest.raises(InputError, match="class 0 has 30 training sentences; lower --per-class 31"):
+        run("--per-class", "31")
 
 
 def test_each_cell_is_trained_once_and_the_interval_is_students(run, trained, capsys):
@@ -196,13 +182,13 @@ def test_a_wrong_list_is_refused(run, capsys, words, said):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_table_of_one(run, data, tiny_base, tmp_path):
+def test_two_processes_give_the_table_of_one(run, sentences, tiny_base, tmp_path):
     words = ("--per-class", "8", "--seeds", 1, "--methods", "lora,head", "--base-dropout", 0)
     one = run(*words)
     two = tmp_path / "two"
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
     command = [sys.executable, *launch, RECIPES / "few_shot.py", *words, "--epochs", 2]
-    command += ["--base", tiny_base, "--data", data, "--out", two]
+    command += ["--base", tiny_base, "--data", sentences, "--out", two]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     assert json.loads((two / "run.json").read_text())["processes"] == 2
     scores = [

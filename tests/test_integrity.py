@@ -1,9 +1,8 @@
 """The integrity recipe: what it promises holds, and a planted fault is found."""
 
 import dataclasses
-import importlib.util
+import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ from lora_export.errors import InputError
 from lora_export.injection import lora_layers
 from lora_export.records import Status
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -23,15 +20,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("integrity")
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    """The recipe as a module: it is a script, and no part of the package."""
-    path = ROOT / "recipes" / "integrity.py"
-    spec = importlib.util.spec_from_file_location("integrity", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "integrity", module)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def recipe():
+    return importlib.import_module("integrity")
 
 
 @pytest.fixture

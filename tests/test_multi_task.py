@@ -23,9 +23,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="module")
 def recipe():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES))
-        yield importlib.import_module("multi_task")
+    return importlib.import_module("multi_task")
 
 
 @pytest.fixture(scope="module")

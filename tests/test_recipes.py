@@ -1,7 +1,7 @@
 """recipes/sst2.py on a tiny base: each method, what it writes, killed runs."""
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import signal
 import subprocess
@@ -22,23 +22,13 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe as a module: it is a script, and no part of the package."""
-    spec = importlib.util.spec_from_file_location("sst2", ROOT / "recipes" / "sst2.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sst2"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def data(sentences):
-    return sentences
+    return importlib.import_module("sst2")
 
 
 @pytest.fixture
-def train(recipe, tiny_base, data, tmp_path, monkeypatch):
+def train(recipe, tiny_base, sentences, tmp_path, monkeypatch):
     def run(*more, base=tiny_base, out="run"):
-        words = ["--base", base, "--data", data, "--out", tmp_path / out, "--epochs", 3]
+        words = ["--base", base, "--data", sentences, "--out", tmp_path / out, "--epochs", 3]
         words += ["--batch-size", 8, "--evaluate-every", 5, "--lr", 0.01, *more]
         monkeypatch.setattr(sys, "argv", ["sst2.py", *map(str, words)])
         recipe.main()
@@ -169,11 +159,11 @@ def test_the_dropout_of_the_base_is_an_option(recipe, train, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(train, tiny_base, data, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_bits(train, tiny_base, sentences, tmp_path):
     """SIGKILL at any moment, more than once: nothing is caught, nothing is said farewell to."""
     whole = train("--epochs", 60, out="whole")
     command = [
-        sys.executable, ROOT / "recipes" / "sst2.py", "--base", tiny_base, "--data", data,
+        sys.executable, ROOT / "recipes" / "sst2.py", "--base", tiny_base, "--data", sentences,
         "--out", tmp_path / "killed", "--epochs", 60, "--batch-size", 8, "--evaluate-every", 5,
         "--lr", 0.01,
     ]  # fmt: skip

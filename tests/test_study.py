@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from study_made import ALL, SIZES, rows
+from study_results import binomial, difference, mean_interval
 
 from lora_export import InputError
 
@@ -44,15 +45,11 @@ study.main()
 
 @pytest.fixture(scope="module")
 def recipe():
-    """The recipe as a module: it is a script, and no part of the package."""
-    before = [*sys.path]
-    sys.path.insert(0, str(ROOT / "recipes"))
-    yield importlib.import_module("study")
-    sys.path[:] = before
+    return importlib.import_module("study")
 
 
 @pytest.fixture(scope="module")
-def page(recipe):
+def page():
     """The part that draws and writes."""
     return importlib.import_module("study_report")
 
@@ -428,8 +425,8 @@ def quantile(degrees):
 
 
 @pytest.mark.parametrize("values", [(0.88, 0.89, 0.87), (1.0, 5.0, 2.0, 2.0, 9.0)])
-def test_the_interval_of_a_mean_is_students(page, values):
-    found = page.mean_interval(values)
+def test_the_interval_of_a_mean_is_students(values):
+    found = mean_interval(values)
     half = quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     assert found.value == pytest.approx(statistics.fmean(values))
     assert found.high - found.value == pytest.approx(half, rel=1e-6)
@@ -439,8 +436,8 @@ def test_the_interval_of_a_mean_is_students(page, values):
 @pytest.mark.parametrize(
     ("ours", "theirs"), [((0.88, 0.89, 0.87), (0.9, 0.95, 0.93)), ((1, 2, 4, 9), (3, 3.5, 3.2))]
 )
-def test_the_interval_of_a_difference_is_welchs(page, ours, theirs):
-    found = page.difference(ours, theirs)
+def test_the_interval_of_a_difference_is_welchs(ours, theirs):
+    found = difference(ours, theirs)
     parts = [statistics.variance(values) / len(values) for values in (ours, theirs)]
     degrees = sum(parts) ** 2 / sum(
         part**2 / (len(values) - 1) for part, values in zip(parts, (ours, theirs), strict=True)
@@ -450,22 +447,22 @@ def test_the_interval_of_a_difference_is_welchs(page, ours, theirs):
     assert found.high - found.value == pytest.approx(half, rel=1e-6)
 
 
-def test_a_single_value_has_no_interval_and_says_so(page):
-    assert page.mean_interval([0.5]).is_single
-    assert page.difference([0.5], [0.4, 0.3]).is_single
-    assert page.mean_interval([0.5]).text(1) == "0.5 (single run)"
-    assert page.mean_interval([0.5, 0.5]).text(1) == "0.5 (all 2 seeds alike)"
-    assert page.difference([0.5, 0.5], [0.25, 0.25]).low == 0.25
+def test_a_single_value_has_no_interval_and_says_so():
+    assert mean_interval([0.5]).is_single
+    assert difference([0.5], [0.4, 0.3]).is_single
+    assert mean_interval([0.5]).text(1) == "0.5 (single run)"
+    assert mean_interval([0.5, 0.5]).text(1) == "0.5 (all 2 seeds alike)"
+    assert difference([0.5, 0.5], [0.25, 0.25]).low == 0.25
 
 
-def test_the_interval_of_a_share_is_wilsons(page):
+def test_the_interval_of_a_share_is_wilsons():
     share, count, z = 0.9, 872, 1.959963984540054
     right = round(share * count)
     p = right / count
     middle = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
-    assert page.binomial(share, count) == pytest.approx((middle - half, middle + half))
-    assert page.binomial(1.0, 872)[0] < 1.0
+    assert binomial(share, count) == pytest.approx((middle - half, middle + half))
+    assert binomial(1.0, 872)[0] < 1.0
 
 
 # ---------------------------------------------------------------- the page
@@ -508,9 +505,9 @@ def run_of(recipe, method, **more):
     return line | {"words": "", "seed": 0, "state": "finished"} | more
 
 
-def test_the_page_has_the_means_and_the_difference(made, page):
+def test_the_page_has_the_means_and_the_difference(made):
     text = made()
-    gap = page.difference((88, 89, 90), (89, 90, 91))
+    gap = difference((88, 89, 90), (89, 90, 91))
     assert "89.00 % [86.52, 91.48] of the 872 dev sentences rightly (3 seeds)" in text
     assert "full fine-tuning 90.00 % [87.52, 92.48] (3 seeds)" in text
     minus = "\N{MINUS SIGN}"
@@ -750,11 +747,11 @@ def test_generation_is_told_with_its_difference(made, tmp_path):
     assert "answers for the others): ROUGE-L 9 (lora-8, full)." in text
 
 
-def test_the_table_has_plain_numbers(made, tmp_path, page):
+def test_the_table_has_plain_numbers(made, tmp_path):
     made()
     with (tmp_path / "table.csv").open() as file:
         found = {row["setting"]: row for row in csv.DictReader(file)}
-    expected = page.mean_interval((0.88, 0.89, 0.9))
+    expected = mean_interval((0.88, 0.89, 0.9))
     assert float(found["lora-8"]["accuracy"]) == pytest.approx(0.89)
     assert float(found["lora-8"]["accuracy low"]) == pytest.approx(expected.low)
     assert float(found["lora-8"]["optimizer state ratio to full"]) == pytest.approx(2440 / 160160)

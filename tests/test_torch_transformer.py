@@ -1,8 +1,7 @@
 """The recipe for transformers of torch.nn: what it promises holds, and a planted fault is found."""
 
-import importlib.util
+import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,19 +11,12 @@ from torch import nn
 from lora_export import InputError, LoraLinear, read_adapter
 from lora_export.injection import lora_layers
 
-ROOT = Path(__file__).parent.parent
 ENCODERS = ["own", "torch"]
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    """The recipe as a module: it is a script, and no part of the package."""
-    path = ROOT / "recipes" / "torch_transformer.py"
-    spec = importlib.util.spec_from_file_location("torch_transformer", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "torch_transformer", module)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def recipe():
+    return importlib.import_module("torch_transformer")
 
 
 @pytest.fixture
