@@ -122,6 +122,7 @@ def how_good(study: Study) -> Iterator[str]:
         f"{'within' if is_within else 'not within'} {100 * WITHIN:.1f} points of full fine-tuning"
         f"{', or better' if is_within else ''}. {spread}"
     )
+    yield from other_lengths(study, lora, full)
     yield (
         f"For that LoRA trains {number(lora.parameters, 0)} parameters, {share(lora)} "
         f"of all; full fine-tuning {number(full.parameters, 0)}."
@@ -146,6 +147,28 @@ def how_good(study: Study) -> Iterator[str]:
             + ". "
             "Nothing is noted for other settings. Where LoRA's was chosen after a look at these "
             "sentences and full fine-tuning's was not, that favours LoRA, by an unknown amount."
+        )
+
+
+def other_lengths(study: Study, lora: Group, full: Group) -> Iterator[str]:
+    """Compare both methods where several seeds were trained for longer, or for less."""
+    for steps, groups in study.budgets().items():
+        first = {group.first.method: group for group in one_of_each_method(groups)}
+        ours, theirs = first.get(lora.first.method), first.get(full.first.method)
+        if steps == lora.steps or ours is None or theirs is None:
+            continue
+        gap = ours.gap(theirs, "accuracy")
+        if gap is None or gap.is_single:
+            continue
+        told = [
+            f"{SCORES['sst2'][0].shown(found).text(2, ' %')} ({seeds(group)})"
+            for group in (ours, theirs)
+            if (found := group.estimate("accuracy"))
+        ]
+        yield (
+            f"After {steps:,} steps instead of {lora.steps:,}, {ours.label} is right on "
+            f"{told[0]}, {theirs.label} on {told[1]}; the difference is "
+            f"{(gap * 100).text(2, ' points')}."
         )
 
 

@@ -16,6 +16,7 @@ claim is measured, and the exit code is 1 if one fails.
 
 import argparse
 import copy
+import os
 import random
 import sys
 import warnings
@@ -23,6 +24,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads give the core back
 
 import torch
 from safetensors.torch import save_file

@@ -537,6 +537,34 @@ def test_seeds_that_are_all_alike_have_no_interval_that_could_say_anything(made)
     assert "or better. All seeds say so alike; that is no interval." in text
 
 
+def longer(method, *accuracies):
+    """Runs of three steps, where those of the main settings have two."""
+    return [
+        run_of("sst2", method, id=f"{method}-{seed}", setting=f"{method}-long", seed=seed,
+               measurements=[{**row, "step": 3} for row in rows(method, accuracy)[3:]])
+        for seed, accuracy in enumerate(accuracies)
+    ]  # fmt: skip
+
+
+def test_other_lengths_of_training_are_compared_too(made):
+    gap = difference((90, 91), (91, 92))
+    assert (
+        "After 3 steps instead of 2, lora-long is right on 90.50 % [84.15, 96.85] (2 seeds), "
+        "full-long on 91.50 % [85.15, 97.85] (2 seeds); the difference is \N{MINUS SIGN}1.00 "
+        f"points [\N{MINUS SIGN}{-gap.low:.2f}, {gap.high:.2f}]."
+    ) in made(more=[*longer("lora", 0.90, 0.91), *longer("full", 0.91, 0.92)])
+
+
+@pytest.mark.parametrize("methods", [("lora",), ("full", "head"), ()])
+def test_a_length_without_both_methods_is_not_compared(made, methods):
+    more = [run for method in methods for run in longer(method, 0.90, 0.91)]
+    assert "instead of" not in made(more=more)
+
+
+def test_a_length_with_single_runs_is_not_compared(made):
+    assert "instead of" not in made(more=[*longer("lora", 0.9), *longer("full", 0.91)])
+
+
 def test_single_runs_are_said_to_be(made):
     text = made(lora=(0.9,), full=(0.9,))
     assert "90.00 % (single run)" in text
