@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from study_results import SCORES, Group, Study
+from study_results import SCORES, Group, Study, significant
 
 COLOURS = {  # told apart by colour-blind people as well (Okabe and Ito)
     "lora": "#0072B2",
@@ -167,7 +167,7 @@ def costs(study: Study) -> Figure | None:
         figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
     ):
         names = [name for name in COLOURS if name in values][::-1]
-        texts = [f"{values[name]:.3g}" for name in names]
+        texts = [significant(values[name]) for name in names]
         error = None
         if label.startswith("step"):
             low, high = (study.cost(f"step time ratio, {end}") for end in ("low", "high"))
