@@ -101,7 +101,8 @@ MATRIX = (
     Setting("lora-8-long", "sst2", "lora", "--rank 8 --lr 1e-3 --epochs 3", full=3,
             tried="1e-3 and three epochs are what the shipped adapter was trained with, whose "
             "accuracy on the dev sentences was known"),
-    Setting("full-long", "sst2", "full", "--lr 1e-4 --epochs 3", full=3),
+    Setting("lora-8-longer", "sst2", "lora", "--rank 8 --lr 2e-3 --epochs 5", full=2,
+            tried="five epochs were taken after two seeds of lora-8-long had 89.11 % and 88.30 %"),
     Setting("proof", "proof", "lora", quick=1, full=1, tiny=1, needs="lora-8-seed-0"),
 )
 # fmt: on
@@ -154,7 +155,13 @@ MARKS = {
 }
 DATA = ("train.tsv", "dev.tsv")
 # Name and subject of what is drawn over the steps.
-CURVES = (("loss", "train"), ("accuracy", "dev"), ("perplexity", "dev"), ("ROUGE-L", "dev"))
+CURVES = (
+    ("loss", "train"),
+    ("accuracy", "dev"),
+    ("perplexity", "dev"),
+    ("exact match", "dev, verdict"),
+    ("ROUGE-L", "dev, description"),
+)
 MOST_POINTS = 60  # of a curve
 POLL = 0.2  # seconds between two looks at what is running
 PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C

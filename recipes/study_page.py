@@ -4,19 +4,22 @@ Every figure in a sentence is computed from what the study found; a sentence wit
 is not said.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from study_plots import Plot, one_of_each_method
+from study_plots import Plot
 from study_results import (
-    SCORES,
+    ACCURACY,
+    METHODS,
     Estimate,
     Group,
     Run,
     Study,
     binomial,
+    mean_interval,
     number,
     percent,
     seeds,
@@ -24,13 +27,24 @@ from study_results import (
     significant,
     size,
 )
-from study_tables import Table
+from study_tables import SINGLE, Table
 
 WITHIN = 0.015  # of full fine-tuning's accuracy: what the study asks of LoRA
 MOST_SHARE = 0.015  # of the parameters that LoRA may train
 BEST = 0.895  # accuracy that the best LoRA run is to reach, in the preset full
 LORA = "lora-8"  # the setting that is held against full fine-tuning
 FAMILY = ("lora", "rslora", "dora", "qlora")
+TRAINS = {
+    "full": "every parameter",
+    "lora": "two thin matrices beside each linear layer, and the head, which is the small new "
+    "layer that gives the answer; the number is the rank, the width of the matrices, and with "
+    "`-qv` only query and value layers get them",
+    "rslora": "the same, scaled by alpha over the root of the rank, not by alpha over the rank",
+    "dora": "the same, and the length of each row of a weight matrix",
+    "qlora": "the same over weights that are stored in 4 bits (NF4), on which it is measured here",
+    "bitfit": "the biases and the head",
+    "head": "the head alone",
+}
 
 
 @dataclass(frozen=True)
@@ -55,13 +69,15 @@ def sections_of(study: Study, plots: Sequence[Plot], tables: Sequence[Table]) ->
     nothing = "Nothing: every planned run is finished, and every aim that applies is reached."
     sections = [
         section("LoRA against full fine-tuning", introduction(study)),
+        section("In short", (), items=list(in_short(study))),
+        section("What the names mean", (), items=list(names_of(study))),
         section("How good", how_good(study)),
         section("How they learn", how_they_learn(study), "learning"),
         section("How small", how_small(study), "parameters"),
         section("What a training step costs", what_it_costs(study), "cost"),
         section("What merging does", what_merging_does(study), "latency"),
         section("A model that writes", writing(study), "generation"),
-        section("All settings", all_settings(tables), tables=tables),
+        section("All settings", all_settings(study, tables), tables=tables),
         section("Not reached, not run", () if missing else (nothing,), items=missing),
         section("How it was made", how_it_was_made(study)),
     ]
@@ -75,20 +91,66 @@ def introduction(study: Study) -> Iterator[str]:
         f"A trained model ({study.about['base']}) is taught to tell whether a sentence of a film "
         "review is positive or negative (the data set SST-2). Full fine-tuning changes every "
         "parameter of it. LoRA leaves them as they are and trains two thin matrices beside each "
-        "weight matrix; merged into the weights afterwards, nothing of it is left to be computed."
+        "weight matrix, and the layer that gives the answer. These are the adapter; merged into "
+        "the weights, it leaves a model of the same form as without LoRA."
     )
     yield (
         f"{done} of {len(study.runs)} planned runs are finished (preset {study.about['preset']}). "
         "A figure from several runs, which differ in their random seeds, is the mean, followed by "
         "the 95 % interval of that mean in brackets (Student's t over the seeds). A figure from "
-        "one run is said to be single: it would differ with another seed, nobody knows by how much."
+        "one run is said to be single: it would differ with another seed. Dev sentences are kept "
+        "aside: nothing is trained on them. A step is one batch of sentences."
     )
+
+
+def in_short(study: Study) -> Iterator[str]:
+    """Say the most important in a line each; the sections below have what it rests on."""
+    if found := compared(study):
+        lora, full, gap = found
+        ours, theirs = (ACCURACY.shown(mean_interval(g.values(ACCURACY))) for g in (lora, full))
+        yield (
+            f"Accuracy: LoRA {number(ours.value, 2)} %, full fine-tuning {number(theirs.value, 2)} "
+            f"%; the difference is {(gap * 100).text(2, ' points')}."
+        )
+        yield (
+            f"Size: LoRA trains {share(lora)} of the parameters, its adapter has "
+            f"{size(lora.file.measured)}, the fully fine-tuned model {size(full.file.measured)}."
+        )
+    costs = [(study.cost("step time ratio"), "time"), (study.cost("peak memory growth"), "memory")]
+    told = [
+        f"{found['lora'] / found['full']:.2f} of the {what}"
+        for found, what in costs
+        if {"lora", "full"} <= found.keys()
+    ]
+    if told:
+        yield f"Training: a step of LoRA takes {' and '.join(told)} of full fine-tuning."
+    times = [
+        f"{v['subject'].partition(',')[0]} {v['measured']:.2f}"
+        for v in latencies_of(study)
+        if v["subject"].endswith("batch 1")
+    ]
+    if times:
+        yield f"Answering one sentence, the unmerged model's time being 1: {', '.join(times)}."
+
+
+def names_of(study: Study) -> Iterator[str]:
+    """Say what each method trains, and how the settings are called."""
+    used = {group.first.method for group in study.groups("sst2")}
+    for method in METHODS:
+        if method in used:
+            yield f"`{method}` trains {TRAINS[method]}."
+    settings = {group.id for group in study.groups("sst2")}
+    if any(name.startswith("short-") or name.endswith("-long") for name in settings):
+        yield (
+            "`short-` and `-long`: fewer and more steps of training. Such a run is no part of "
+            "another: its learning rate falls to 0 by its own last step."
+        )
 
 
 def compared(study: Study) -> tuple[Group, Group, Estimate] | None:
     """Return LoRA, full fine-tuning and the difference of their accuracies."""
     lora, full = study.group("sst2", LORA), study.whole("sst2")
-    if lora is None or full is None or (gap := lora.gap(full, "accuracy")) is None:
+    if lora is None or full is None or (gap := lora.gap(full, ACCURACY)) is None:
         return None
     return lora, full, gap
 
@@ -98,46 +160,34 @@ def how_good(study: Study) -> Iterator[str]:
     if (found := compared(study)) is None:
         return
     lora, full, gap = found
-    ours, theirs = lora.estimate("accuracy"), full.estimate("accuracy")
-    if ours is None or theirs is None:
-        return
-    answered, accuracy = lora.samples("accuracy"), SCORES["sst2"][0]
+    answered = lora.samples(ACCURACY)
     yield (
-        f"LoRA ({LORA}) answers {accuracy.shown(ours).text(2, ' %')} of the {answered} dev "
-        f"sentences rightly ({seeds(lora)}), full fine-tuning "
-        f"{accuracy.shown(theirs).text(2, ' %')} ({seeds(full)})."
+        f"LoRA ({LORA}) answers {accuracy_of(lora)} of the {answered} dev sentences rightly "
+        f"({seeds(lora)}), full fine-tuning {accuracy_of(full)} ({seeds(full)})."
     )
-    is_within = gap.value >= -WITHIN
-    if gap.is_single:
-        spread = "From single runs that says little: seeds alone can differ as much."
-    elif gap.low == gap.high:
-        spread = "All seeds say so alike; that is no interval."
-    elif (gap.low >= -WITHIN) if is_within else (gap.high < -WITHIN):
-        spread = "The whole interval says so."
-    else:
-        spread = "The interval reaches across that limit: more seeds could show otherwise."
     yield (
         f"LoRA minus full fine-tuning is {(gap * 100).text(2, ' points')}"
-        f"{' (Welch, which takes the two for independent)' if gap.low < gap.high else ''}: "
-        f"{'within' if is_within else 'not within'} {100 * WITHIN:.1f} points of full fine-tuning"
-        f"{', or better' if is_within else ''}. {spread}"
+        f"{' (Welch, which takes the two for independent)' if gap.low < gap.high else ''}, or "
+        f"{abs(gap.value) * answered:.0f} of the {answered} sentences. {meaning(gap)}"
     )
-    yield from other_lengths(study, lora, full)
     yield (
         f"For that LoRA trains {number(lora.parameters, 0)} parameters, {share(lora)} "
-        f"of all; full fine-tuning {number(full.parameters, 0)}."
+        f"of all, its own counted in; full fine-tuning {number(full.parameters, 0)}."
     )
     if best := best_run(study):
         run, value, among = best
         yield (
             f"The best run of the LoRA family is {run.setting} with seed {run.seed}: "
-            f"{percent(value, 2)}. It is the best of {among}, and the best of many flatters itself."
+            f"{percent(value, 2)}. It is the best of {among} with as many steps, and the best of "
+            "several flatters itself."
         )
-    low, high = binomial(ours.value, answered)
+    mean = float(np.mean(lora.values(ACCURACY)))
+    low, high = binomial(mean, answered)
     yield (
         f"The intervals are about seeds. That {answered} sentences stand for all others is a "
-        f"second uncertainty: with as many, an accuracy of {percent(ours.value)} is known to lie "
-        f"between {percent(low)} and {percent(high)} (Wilson's 95 % interval)."
+        f"second uncertainty, which they do not contain: on other sentences of the kind, "
+        f"{percent(mean)} could as well have been {percent(low)} or {percent(high)} (Wilson's 95 % "
+        "interval)."
     )
     told = {run.setting: run.tried for run in study.runs if run.tried}
     if told:
@@ -150,26 +200,30 @@ def how_good(study: Study) -> Iterator[str]:
         )
 
 
-def other_lengths(study: Study, lora: Group, full: Group) -> Iterator[str]:
-    """Compare both methods where several seeds were trained for longer, or for less."""
-    for steps, groups in study.budgets().items():
-        first = {group.first.method: group for group in one_of_each_method(groups)}
-        ours, theirs = first.get(lora.first.method), first.get(full.first.method)
-        if steps == lora.steps or ours is None or theirs is None:
-            continue
-        gap = ours.gap(theirs, "accuracy")
-        if gap is None or gap.is_single:
-            continue
-        told = [
-            f"{SCORES['sst2'][0].shown(found).text(2, ' %')} ({seeds(group)})"
-            for group in (ours, theirs)
-            if (found := group.estimate("accuracy"))
-        ]
-        yield (
-            f"After {steps:,} steps instead of {lora.steps:,}, {ours.label} is right on "
-            f"{told[0]}, {theirs.label} on {told[1]}; the difference is "
-            f"{(gap * 100).text(2, ' points')}."
-        )
+def accuracy_of(group: Group) -> str:
+    """Return its mean accuracy over the seeds, in words."""
+    found = group.estimate(ACCURACY)
+    return ACCURACY.shown(found).text(2, " %") if found else "an unknown share"
+
+
+def meaning(gap: Estimate) -> str:
+    """Return what a difference in accuracy, LoRA minus full fine-tuning, allows to say."""
+    is_within = gap.value >= -WITHIN
+    aim = f"The aim is to lose at most {100 * WITHIN:.1f} points: "
+    aim += "it is reached" if is_within else "it is not reached"
+    if gap.is_single:
+        return f"{aim}; from single runs that says little, seeds alone can differ as much."
+    if gap.low == gap.high:
+        return f"{aim}, by all seeds alike; that is no interval."
+    if gap.high < 0:
+        sign = "The whole interval is below 0: over the seeds LoRA is behind."
+    elif gap.low > 0:
+        sign = "The whole interval is above 0: over the seeds LoRA is ahead."
+    else:
+        sign = "0 lies in the interval: seeds alone could make such a difference."
+    is_sure = gap.low >= -WITHIN if is_within else gap.high < -WITHIN
+    sure = "by the whole interval" if is_sure else "by the mean; the interval leaves it open"
+    return f"{sign} {aim} {sure}."
 
 
 def best_run(study: Study) -> tuple[Run, float, int] | None:
@@ -179,7 +233,7 @@ def best_run(study: Study) -> tuple[Run, float, int] | None:
     if not known:
         return None
     value, run = max(known, key=lambda pair: pair[0])
-    return run, value, len(known)
+    return run, value, sum(other.steps == run.steps for _, other in known)
 
 
 def how_they_learn(study: Study) -> Iterator[str]:
@@ -188,18 +242,14 @@ def how_they_learn(study: Study) -> Iterator[str]:
         return
     yield (
         "The loss says how surprised the model is by the right answers while it is trained: 0.69 "
-        "nats is a coin's toss, 0 is certainty. Accuracy is looked at now and then on sentences "
-        "that are never trained on. Lines are means over the seeds; a band spans all of them."
+        "is a coin's toss, 0 is certainty. Accuracy is looked at now and then on the dev sentences."
     )
-    for steps, groups in study.budgets().items():
-        drawn = ", ".join(group.label for group in one_of_each_method(groups))
-        yield f"Drawn is the first setting of each method; for {steps:,} steps: {drawn}."
     for group in filter(None, (study.group("sst2", LORA), study.whole("sst2"))):
         line = [study.curves.get(run.id, {}).get("accuracy", []) for run in group.runs]
         if all(line):
             first, last = (float(np.mean([points[i][1] for points in line])) for i in (0, -1))
             yield (
-                f"{group.label}: {percent(first)} after {line[0][0][0]:.0f} steps, "
+                f"{group.id}: {percent(first)} after {line[0][0][0]:.0f} steps, "
                 f"{percent(last)} after {line[0][-1][0]:.0f}."
             )
 
@@ -208,22 +258,30 @@ def how_small(study: Study) -> Iterator[str]:
     """Hold the sizes against what the formulas predict."""
     if found := compared(study):
         yield from predicted_sizes(*found[:2])
-    several = {n: groups for n, groups in study.budgets().items() if len(groups) > 1}
-    if several:
+    for steps, groups in study.budgets().items():
+        known = [(value[0], group) for group in groups if (value := group.values(ACCURACY))]
+        if len(known) < 3 or any(len(group.runs) > 1 for _, group in known):
+            continue
+        (worst, last), *_, (best, first) = sorted(known, key=lambda pair: pair[0])
         yield (
-            "A plot shows each setting's accuracy over the number of parameters it trains; the "
-            "axis is logarithmic: from one grid line to the next it is ten times as many. Only "
-            "settings that were trained for as many steps are compared. A bar is the 95 % interval "
-            "over the seeds; a hollow marker is a single run, which has none."
+            f"After {steps:,} steps the {len(known)} settings lie between {percent(best)} "
+            f"({first.id}) and {percent(worst)} ({last.id}). Each is a single run, with a learning "
+            f"rate of its own that was not searched for: a difference of a point or two says "
+            f"nothing about the method.{seed_spread(study)}"
         )
-    for steps, groups in several.items():
-        known = [(value, group) for group in groups if (value := group.estimate("accuracy"))]
-        told = [
-            f"{group.label} {percent(value.value)} ({share(group)} of the parameters"
-            f"{', single run' if value.is_single else ''})"
-            for value, group in sorted(known, key=lambda pair: -pair[0].value)
-        ]
-        yield f"Accuracy after {steps:,} steps, best first: {'; '.join(told)}."
+
+
+def seed_spread(study: Study) -> str:
+    """Return how far the seeds of LoRA lie apart early in training, in a sentence."""
+    group = study.group("sst2", LORA)
+    lines = [study.curves.get(r.id, {}).get("accuracy", []) for r in group.runs] if group else []
+    if len(lines) < 2 or not all(lines):
+        return ""
+    early = [line[0][1] for line in lines]
+    return (
+        f" The seeds of {LORA} alone lie {number(100 * (max(early) - min(early)), 1)} points apart "
+        f"after their first {lines[0][0][0]:.0f} steps."
+    )
 
 
 def predicted_sizes(lora: Group, full: Group) -> Iterator[str]:
@@ -231,17 +289,19 @@ def predicted_sizes(lora: Group, full: Group) -> Iterator[str]:
     state, file = lora.state / full.state, lora.file / full.file
     yield (
         "The optimizer AdamW keeps two 4-byte numbers for every trained parameter and a 4-byte "
-        f"counter for every tensor. For {LORA} that makes {size(lora.state.predicted)}; measured "
-        f"were {size(lora.state.measured)}. For full fine-tuning it makes "
-        f"{size(full.state.predicted)}; measured were {size(full.state.measured)}. The ratio is "
-        f"{significant(state.predicted)} predicted, {significant(state.measured)} measured."
+        f"counter for every tensor. For {LORA} that makes {size(lora.state.predicted)}, and "
+        f"{size(lora.state.measured)} were measured; for full fine-tuning "
+        f"{size(full.state.predicted)}, and {size(full.state.measured)} were measured. The ratio "
+        f"is {significant(state.predicted)} predicted, {significant(state.measured)} measured."
     )
     yield (
         f"What has to be kept is 4 bytes for each trained parameter: {size(lora.file.predicted)} "
         f"for {LORA} ({size(lora.file.measured)} on disk, the rest is a description), "
         f"{size(full.file.predicted)} for the full model ({size(full.file.measured)} on disk, with "
         "its configuration and tokenizer). The ratio is "
-        f"{significant(file.predicted)} predicted, {significant(file.measured)} measured."
+        f"{significant(file.predicted)} predicted, {significant(file.measured)} measured. An "
+        "adapter needs the model that it was trained over beside it: the saving counts where "
+        "several share one."
     )
 
 
@@ -261,7 +321,7 @@ def what_it_costs(study: Study) -> Iterator[str]:
             text += (
                 " All of it is computed in float32, while the trainings above multiply their "
                 f"matrices with less where the machine can (`--matmul-precision "
-                f"{' and '.join(sorted(trained))}`): there a step can be faster."
+                f"{' and '.join(sorted(trained))}`), so that their ratios can differ."
             )
         yield text
     if "full" in memory:
@@ -274,9 +334,10 @@ def what_it_costs(study: Study) -> Iterator[str]:
         yield (
             "Memory: by how much a fresh process grows, at its peak, while it loads the model and "
             f"takes some steps. {'; '.join([f'Full fine-tuning {whole}', *others])}. The model "
-            "itself is in all of these. Saved are gradients and optimizer state of frozen "
-            "parameters, and what a frozen layer need not keep for its own gradient. Each is one "
-            "process, measured once."
+            "itself is in all of these. Each is one process, measured once. What is saved are "
+            "gradients and optimizer state of frozen parameters, the same for every batch. Against "
+            "it stands what the extra matrices keep until the backward pass, which grows with the "
+            f"batch: a method can take more than full fine-tuning.{peaks(study)}"
         )
     if len(times) > 1:
         low, high = (study.cost(f"step time ratio, {end}") for end in ("low", "high"))
@@ -286,11 +347,26 @@ def what_it_costs(study: Study) -> Iterator[str]:
             if name != "full"
         ]
         yield (
-            "Time: a step as a ratio to one of full fine-tuning, in the same process, in turns and "
-            f"shuffled order (median, 95 % bootstrap interval): {'; '.join(others)}. Seconds of "
-            "different runs are not compared anywhere on this page: other work on the machine "
-            "meets them unequally."
+            "Time: a step as a ratio to one of full fine-tuning beside it in the same process, in "
+            f"turns and shuffled order (median, 95 % bootstrap interval): {'; '.join(others)}. "
+            "What differs from process to process is not in the intervals. Seconds of different "
+            "runs are not compared anywhere on this page: other work on the machine meets them "
+            "unequally."
         )
+
+
+def peaks(study: Study) -> str:
+    """Return the peak memory of the trainings that are compared, in a sentence."""
+    if (found := compared(study)) is None:
+        return ""
+    most = [max(r.get("peak memory") or math.nan for r in group.runs) for group in found[:2]]
+    if any(map(math.isnan, most)):
+        return ""
+    return (
+        " The trainings above, whose batches hold as much as their longest sentence asks for, had "
+        f"a peak of {size(most[0])} with {LORA} and of {size(most[1])} with full fine-tuning, the "
+        "whole process counted."
+    )
 
 
 def what_merging_does(study: Study) -> Iterator[str]:
@@ -302,12 +378,12 @@ def what_merging_does(study: Study) -> Iterator[str]:
         "The adapter of the first LoRA run was merged into the model's weights, and the merged "
         "model exported. Until then every adapted layer computes its two thin matrices as well."
     )
-    told = [v for v in proof.verdicts if v["check"] == "latency" and v["measured"] is not None]
-    if told:
+    if told := latencies_of(study):
         yield (
-            "Latency, as a multiple of the unmerged model's: "
-            + "; ".join(f"{v['subject']}: {v['measured']:.2f} ({v['status']})" for v in told)
-            + ". The bars show the medians in milliseconds."
+            "Time for a batch, the unmerged model's being 1: "
+            + "; ".join(f"{v['subject']} {v['measured']:.2f} ({v['status']})" for v in told)
+            + ". ONNX and TorchScript are files that run without this library; what they gain "
+            "beyond the merged model they owe to the export, not to merging."
         )
     decided = [v for v in proof.verdicts if v["check"] == "decisions"]
     if decided:
@@ -322,7 +398,10 @@ def what_merging_does(study: Study) -> Iterator[str]:
     accuracies = [m for m in proof.measurements if m["name"] == "accuracy"]
     if accuracies:
         shares = [f"{one['subject']} {percent(one['value'], 2)}" for one in accuracies]
-        yield f"Accuracy on the dev sentences: {'; '.join(shares)} (idle: with the adapter off)."
+        yield (
+            f"Accuracy on the dev sentences: {'; '.join(shares)}. The reference is the unmerged "
+            "model computed in float64; idle is the model with its adapter off, which guesses."
+        )
     passed = sum(v["status"] == "pass" for v in proof.verdicts)
     bad = [
         f"{v['check']} of {v['subject']}: {v['status']}"
@@ -335,6 +414,12 @@ def what_merging_does(study: Study) -> Iterator[str]:
     )
 
 
+def latencies_of(study: Study) -> list[Mapping[str, Any]]:
+    """Return the verdicts on latency that rest on a measurement."""
+    verdicts = study.proof.verdicts if study.proof else ()
+    return [v for v in verdicts if v["check"] == "latency" and v["measured"] is not None]
+
+
 def writing(study: Study) -> Iterator[str]:
     """Say how LoRA and full fine-tuning compare where text is written."""
     groups = study.groups("causal_lm")
@@ -345,20 +430,23 @@ def writing(study: Study) -> Iterator[str]:
     yield (
         "A small language model"
         f"{f' ({number(made, 0)} parameters)' if made else ''} was made and pretrained here on the "
-        "sentences of SST-2, then taught to follow instructions about them. Perplexity is how many "
-        "tokens (words or pieces of them) it wavers between, on average, before each token of the "
-        "right answer: lower is better. ROUGE-L and exact match compare what it writes with the "
-        "right answer: higher is better."
+        "sentences of SST-2, then taught to follow instructions about them. Each asks either for a "
+        "verdict (good or bad; about half are right by guessing) or for a description (such as: a "
+        "short and good one that speaks of the acting). Perplexity is how many tokens (words or "
+        "pieces of them) it wavers between, on average, before each token of the right answer: "
+        "lower is better. Exact match is the share of answers that are right word for word; BLEU "
+        "and ROUGE-L say how much of the right words is there, in the right order: higher is "
+        "better."
     )
     counted: dict[str, list[str]] = {}
     for group in groups:
         scores = [
-            f"{one.name} {one.shown(v).text(one.digits, one.unit)}" for one, v in group.scores()
+            f"{one.label} {one.shown(v).text(one.digits, one.unit)}" for one, v in group.scores()
         ]
-        who = f"{group.label} ({seeds(group)}, {share(group)} of the parameters)"
+        who = f"{group.id} ({seeds(group)}, {share(group)} of the parameters)"
         yield f"{who}: {', '.join(scores)}."
-        rests = [f"{one.name} {group.samples(one.name):,}" for one, _ in group.scores()]
-        counted.setdefault(", ".join(rests), []).append(group.label)
+        rests = [f"{one.label} {group.samples(one):,}" for one, _ in group.scores()]
+        counted.setdefault(", ".join(rests), []).append(group.id)
     for rests_on, labels in counted.items():
         yield (
             f"On how many these rest (tokens for perplexity, answers for the others): {rests_on} "
@@ -368,23 +456,28 @@ def writing(study: Study) -> Iterator[str]:
     if lora and full:
         gaps = []
         for score, _ in lora.scores():
-            if gap := lora.gap(full, score.name):
+            if gap := lora.gap(full, score):
                 unit = " points" if score.unit else ""
-                gaps.append(f"{score.name} {(gap * score.factor).text(score.digits, unit)}")
+                gaps.append(f"{score.label} {(gap * score.factor).text(score.digits, unit)}")
         if gaps:
             yield f"LoRA minus full fine-tuning (Welch, where there are seeds): {'; '.join(gaps)}."
 
 
-def all_settings(tables: Sequence[Table]) -> Iterator[str]:
-    """Explain the tables."""
+def all_settings(study: Study, tables: Sequence[Table]) -> Iterator[str]:
+    """Explain the tables, and say what stands in none."""
     if tables:
         yield (
-            "How each was trained: `arguments` are the preset's and then the setting's, of which a "
-            "later one of a name counts; `batch` is the examples of a step, `products` with which "
-            "precision matrices are multiplied (`highest` is float32, `medium` bfloat16 where the "
-            "machine has it). `to full` is the ratio to full fine-tuning: as the formulas above "
-            "predict it, and as it was measured. The same as plain numbers: `table.csv`."
+            f"{SINGLE} is a single run. `arguments` is what the recipe was given beside its "
+            "defaults; `batch` is the examples of a step. `to full` is the ratio to full "
+            "fine-tuning: as the formulas above predict it, and as it was measured. The same as "
+            "plain numbers: `table.csv`."
         )
+    for group in study.groups("sst2"):
+        if (whole := group.first.get("accuracy", "dev, whole base")) is not None:
+            yield (
+                f"The adapter of {group.id} is made for the base in full precision: there seed "
+                f"{group.first.seed} answers {percent(whole, 2)} rightly."
+            )
 
 
 def not_reached(study: Study) -> Iterator[str]:
@@ -418,10 +511,10 @@ def how_it_was_made(study: Study) -> Iterator[str]:
     versions = ", ".join(f"{name} {value}" for name, value in machine["packages"].items() if value)
     yield f"Command: `{study.about['command']}`"
     for further in study.about.get("further", ()):
-        yield f"Further command: `{further}`"
+        yield f"Gone on with by: `{further}`"
     yield (
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads "
-        f"for a run, all for what is timed alone, {machine['system']}; load when it began "
-        f"{machine['load_average']}."
+        f"Machine: {machine['processor']}, {machine['cores']} cores, of which a training had "
+        f"{machine['threads']} and what is timed alone had all; {machine['system']}; load when it "
+        f"began {machine['load_average']}."
     )
     yield f"Versions: Python {machine['python']}, {versions}."

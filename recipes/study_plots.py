@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from study_results import SCORES, Group, Study, significant
+from study_results import ACCURACY, Group, Study, significant
 
 COLOURS = {  # told apart by colour-blind people as well (Okabe and Ito)
-    "lora": "#0072B2",
     "full": "#D55E00",
+    "lora": "#0072B2",
     "dora": "#009E73",
     "rslora": "#56B4E9",
     "bitfit": "#CC79A7",
@@ -35,14 +35,35 @@ STYLE: Any = {
 WIDTH = 5.0  # inches: what a phone shows without making the letters much smaller
 MB = 1e6
 PLOTS = re.compile(r"(learning|parameters)-\d+|cost|latency|generation")  # names of plots
+FEW = 20  # points of a line, up to which each is marked
+CAPTIONS = {
+    "learning": "Above: the loss on the sentences of each step, averaged over some steps in a row; "
+    "lower is better. Runs of one seed meet the same sentences in the same order, so their lines "
+    "jump together. Below: accuracy on the dev sentences, on an axis that does not begin at 0. "
+    "Drawn is the first setting of each method; a line is the mean over its seeds, a band spans "
+    "them. Where a second pass over the same sentences begins the loss falls; that is no proof of "
+    "better answers, the lower panel is.",
+    "parameters": "Accuracy over the number of parameters that a setting trains: up is better, "
+    "left is smaller, and from one grid line to the next it is ten times as many. The colour is "
+    "the method, the shape tells its settings apart. A bar is the 95 % interval over the seeds; a "
+    "hollow marker is a single run, which has none.",
+    "cost": "Less is better everywhere. Above: by how much a process grows. Middle: the part of it "
+    "that the optimizer keeps. Below: the time of a step, full fine-tuning being 1, with its 95 % "
+    "interval.",
+    "latency": "Median time for one batch, for each batch size; less is better. Unmerged, each "
+    "layer computes the adapter's matrices as well.",
+    "generation": "Each dot is an evaluation. Perplexity: lower is better; the others: higher is "
+    "better. No axis begins at 0, and on so few answers a point or two can be chance.",
+}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot; the description says in words what it shows."""
+    """One plot: its title, and how to read it, where no plot of its kind has said so before."""
 
     name: str
-    description: str
+    title: str
+    caption: str
     svg: str
 
 
@@ -66,9 +87,14 @@ def plots_of(study: Study) -> list[Plot]:
                 "Latency of the unmerged, the merged and the exported model",
                 latencies(study),
             ),
-            ("generation", "Perplexity and ROUGE-L over the steps of training", generation(study)),
+            ("generation", "What it writes, over the steps of training", generation(study)),
         ]
-        return [Plot(name, text, svg_of(figure)) for name, text, figure in figures if figure]
+        captions = CAPTIONS.copy()
+        return [
+            Plot(name, title, captions.pop(name.partition("-")[0], ""), svg_of(figure))
+            for name, title, figure in figures
+            if figure
+        ]
 
 
 def svg_of(figure: Figure) -> str:
@@ -80,7 +106,7 @@ def svg_of(figure: Figure) -> str:
 
 def learning(study: Study, groups: Sequence[Group]) -> Figure | None:
     """Draw the curves of one setting of each method."""
-    panels = (("loss", "training loss, nats", 1), ("accuracy", "accuracy on dev, %", 100))
+    panels = (("loss", "training loss", 1), ("accuracy", "accuracy on dev, %", 100))
     return curves(study, one_of_each_method(groups), panels)
 
 
@@ -94,7 +120,11 @@ def one_of_each_method(groups: Sequence[Group]) -> list[Group]:
 
 def generation(study: Study) -> Figure | None:
     """Draw the curves of the settings that learn to answer."""
-    panels = (("perplexity", "perplexity on dev", 1), ("ROUGE-L", "ROUGE-L on dev, %", 100))
+    panels = (
+        ("perplexity", "perplexity", 1),
+        ("exact match", "verdicts right, %", 100),
+        ("ROUGE-L", "ROUGE-L, descriptions, %", 100),
+    )
     return curves(study, study.groups("causal_lm"), panels)
 
 
@@ -105,7 +135,7 @@ def curves(
     known = [g for g in groups if any(run.id in study.curves for run in g.runs)]
     if not known:
         return None
-    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 2.2 * len(panels)), layout="constrained")
     stacked = figure.subplots(len(panels), sharex=True)
     for axes, (name, label, factor) in zip(stacked, panels, strict=True):
         for group in known:
@@ -116,7 +146,10 @@ def curves(
                 continue
             values = factor * np.array([[line[step] for step in steps] for line in lines])
             colour = COLOURS[group.first.method]
-            axes.plot(steps, values.mean(0), color=colour, label=group.label, lw=1.4)
+            marker = "o" if len(steps) < FEW else None
+            axes.plot(
+                steps, values.mean(0), color=colour, label=group.id, lw=1.4, marker=marker, ms=3
+            )
             if len(lines) > 1:
                 axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.25)
         axes.set(ylabel=label)
@@ -128,22 +161,22 @@ def curves(
 
 def by_parameters(groups: Sequence[Group]) -> Figure | None:
     """Draw accuracy over trained parameters, with intervals where there are seeds."""
-    if len(groups) < 2:
+    if len(groups) < 3:  # two points say no more than a sentence
         return None
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     drawn: dict[str, int] = {}
     for group in groups:
-        found, method = group.estimate("accuracy"), group.first.method
+        found, method = group.estimate(ACCURACY), group.first.method
         if found is None:
             continue
-        found = SCORES["sst2"][0].shown(found)
+        found = ACCURACY.shown(found)
         marker = MARKERS[drawn.setdefault(method, 0) % len(MARKERS)]
         drawn[method] += 1
         error = None if found.is_single else [[found.value - found.low], [found.high - found.value]]
         axes.errorbar(
             group.parameters, found.value, error, color=COLOURS[method], marker=marker, ls="",
-            capsize=3, label=group.label, mfc="none" if found.is_single else None,
+            capsize=3, label=group.id, mfc="none" if found.is_single else None,
         )  # fmt: skip
     axes.set(xscale="log", xlabel="trained parameters", ylabel="accuracy on dev, %")
     axes.margins(0.1)
@@ -155,7 +188,7 @@ def costs(study: Study) -> Figure | None:
     """Draw memory and time of a step as bars."""
     memory, state = study.cost("peak memory growth"), study.cost("optimizer state")
     panels = [
-        ("growth of a fresh process, MB", {k: v / MB for k, v in memory.items()}),
+        ("growth of a process, MB", {k: v / MB for k, v in memory.items()}),
         ("optimizer state, MB", {k: v / MB for k, v in state.items()}),
         ("step time, full fine-tuning = 1", study.cost("step time ratio")),
     ]
@@ -170,6 +203,7 @@ def costs(study: Study) -> Figure | None:
         texts = [significant(values[name]) for name in names]
         error = None
         if label.startswith("step"):
+            texts = [f"{values[name]:.2f}" for name in names]
             low, high = (study.cost(f"step time ratio, {end}") for end in ("low", "high"))
             error = [
                 [values[n] - low[n] for n in names],

@@ -48,7 +48,9 @@ def markdown_page(sections: Sequence[Section]) -> str:
         blocks += [f"{'#' if index == 0 else '##'} {section.title}", *section.paragraphs]
         if section.items:
             blocks.append("\n".join(f"- {item}" for item in section.items))
-        blocks += [f"![{plot.description}]({plot.name}.svg)" for plot in section.plots]
+        for plot in section.plots:
+            said = f"*{plot.title}.* {plot.caption}".strip()
+            blocks += [f"![{plot.title}]({plot.name}.svg)", said]
         blocks += [markdown(table) for table in section.tables]
     return "\n\n".join(blocks) + "\n"
 
@@ -62,6 +64,8 @@ PAGE = """<!doctype html>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 1rem; \
 color: #222; background: #fff }
+figure { margin: 1.5rem 0 }
+figcaption { font-size: 0.9rem; color: #555 }
 img { width: 100%; max-width: 40rem; height: auto }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 0.8rem; white-space: nowrap }
@@ -78,12 +82,15 @@ code { overflow-wrap: anywhere }
 {% if section.items %}
 <ul>
 {% for item in section.items %}
-<li>{{ item }}</li>
+<li>{{ item | code }}</li>
 {% endfor %}
 </ul>
 {% endif %}
 {% for plot in section.plots %}
-<img alt="{{ plot.description }}" src="data:image/svg+xml;base64,{{ plot.svg | base64 }}">
+<figure>
+<img alt="{{ plot.title }}" src="data:image/svg+xml;base64,{{ plot.svg | base64 }}">
+<figcaption><em>{{ plot.title }}.</em> {{ plot.caption }}</figcaption>
+</figure>
 {% endfor %}
 {% for table in section.tables %}
 <div class="wide"><table>

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,17 @@ class Score:
     name: str
     digits: int
     unit: str = ""
+    task: str = ""  # of those that are learned together, the one that it is measured on
+
+    @property
+    def subject(self) -> str:
+        """What it is measured on, as `metrics.jsonl` says it."""
+        return ", ".join(filter(None, ("dev", self.task)))
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables."""
+        return f"{self.name} ({self.task})" if self.task else self.name
 
     @property
     def factor(self) -> int:
@@ -43,11 +55,14 @@ SCORES = {
     ),
     "causal_lm": (
         Score("perplexity", 3),
-        Score("BLEU", 2),
-        Score("ROUGE-L", 2, " %"),
-        Score("exact match", 2, " %"),
+        Score("exact match", 2, " %", "verdict"),
+        Score("BLEU", 2, task="description"),
+        Score("ROUGE-L", 2, " %", "description"),
+        Score("exact match", 2, " %", "description"),
     ),
 }
+ACCURACY = SCORES["sst2"][0]
+METHODS = ("full", "lora", "rslora", "dora", "qlora", "bitfit", "head")  # the order of all lists
 WHOLE = {"sst2": "full", "causal_lm": "answers-full"}  # full fine-tuning, by recipe
 
 
@@ -73,11 +88,11 @@ class Estimate:
         low, high = self.low * factor, self.high * factor
         return replace(self, value=self.value * factor, low=low, high=high)
 
-    def text(self, digits: int, unit: str = "") -> str:
+    def text(self, digits: int, unit: str = "", single: str = " (single run)") -> str:
         """Return the value with its interval, or with why it has none."""
         shown = f"{number(self.value, digits)}{unit}"
         if self.is_single:
-            spread = "" if self.note else " (single run)"
+            spread = "" if self.note else single
         elif self.low == self.high:
             spread = f" (all {self.count} seeds alike)"
         else:
@@ -136,6 +151,11 @@ class Run:
     verdicts: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def steps(self) -> int:
+        """How many steps of training it took."""
+        return max(int(one["step"]) for one in self.measurements if "step" in one)
+
     def get(self, name: str, subject: str | None = None) -> float | None:
         """Return the value of the first measurement of this name."""
         return next(
@@ -174,48 +194,48 @@ class Group:
     @property
     def steps(self) -> int:
         """How many steps of training each of its runs took."""
-        return max(int(one["step"]) for one in self.first.measurements if "step" in one)
+        return self.first.steps
 
     @property
-    def label(self) -> str:
-        """What it is called in plots and tables."""
-        return self.id.removeprefix("answers-")
+    def arguments(self) -> str:
+        """What its recipe was given; of an option that was given twice, what counts."""
+        parts = re.split(r"\s+(?=--)", self.first.words)
+        return " ".join({part.split()[0]: part for part in parts if part}.values())
 
-    def values(self, name: str) -> list[float]:
+    def values(self, score: Score) -> list[float]:
         """Return the final values of a metric, one for each seed."""
-        found = (run.get(name, "dev") for run in self.runs)
+        found = (run.get(score.name, score.subject) for run in self.runs)
         return [value for value in found if value is not None]
 
-    def estimate(self, name: str) -> Estimate | None:
+    def estimate(self, score: Score) -> Estimate | None:
         """Return the mean of a metric over the seeds, where there is one."""
-        values = self.values(name)
-        return replace(mean_interval(values), note=self.missing(name)) if values else None
+        values = self.values(score)
+        return replace(mean_interval(values), note=self.missing(score)) if values else None
 
-    def missing(self, name: str) -> str:
+    def missing(self, score: Score) -> str:
         """Say for how many seeds there is a metric, where it is not all of them."""
-        count = len(self.values(name))
+        count = len(self.values(score))
         return "" if count == len(self.runs) else f"{count} of {len(self.runs)} seeds"
 
-    def gap(self, other: "Group", name: str) -> Estimate | None:
+    def gap(self, other: "Group", score: Score) -> Estimate | None:
         """Return the difference of a metric to another setting's, where both have it."""
-        ours, theirs = self.values(name), other.values(name)
+        ours, theirs = self.values(score), other.values(score)
         if not ours or not theirs:
             return None
-        told = ((group.label, group.missing(name)) for group in (self, other))
-        note = ", ".join(f"{label}: {missing}" for label, missing in told if missing)
+        told = ((group.id, group.missing(score)) for group in (self, other))
+        note = ", ".join(f"{name}: {missing}" for name, missing in told if missing)
         return replace(difference(ours, theirs), note=note)
 
-    def samples(self, name: str) -> int:
+    def samples(self, score: Score) -> int:
         """Return on how many things a metric rests."""
+        asked = (score.name, score.subject)
         measured = (one for run in self.runs for one in run.measurements)
-        return next(
-            int(m["samples"]) for m in measured if (m["name"], m["subject"]) == (name, "dev")
-        )
+        return next(int(m["samples"]) for m in measured if (m["name"], m["subject"]) == asked)
 
     def scores(self) -> Iterator[tuple[Score, Estimate]]:
         """Yield each metric of the answers that there is, as it is measured."""
         for score in SCORES[self.first.recipe]:
-            if found := self.estimate(score.name):
+            if found := self.estimate(score):
                 yield score, found
 
     @cached_property
@@ -277,14 +297,15 @@ class Study:
         return next((r for r in self.runs if r.recipe == "proof" and r.state == "finished"), None)
 
     def cost(self, name: str) -> dict[str, float]:
-        """Return a measurement of the costs of a step by method."""
-        return {
+        """Return a measurement of the costs of a step by method, in the order of `METHODS`."""
+        found = {
             run.method if run.get("trainable tensors") else one["subject"]: float(one["value"])
             for run in self.runs
             if run.recipe == "cost"
             for one in run.measurements
             if one["name"] == name
         }
+        return {method: found[method] for method in METHODS if method in found}
 
 
 def read(out: Path) -> Study:

@@ -7,6 +7,8 @@ from typing import Any
 
 from study_results import SCORES, Amount, Group, Study, number, share, significant, size
 
+SINGLE = "\N{DAGGER}"  # behind what a single run found
+
 
 @dataclass(frozen=True)
 class Table:
@@ -35,18 +37,19 @@ def row_of(group: Group, full: Group | None) -> list[tuple[str, str]]:
     known = dict(group.scores())
     scores = [
         (
-            score.name + (", %" if score.unit else ""),
-            score.shown(known[score]).text(score.digits) if score in known else "",
+            score.label + (", %" if score.unit else ""),
+            score.shown(known[score]).text(score.digits, single=f" {SINGLE}")
+            if score in known
+            else "",
         )
         for score in SCORES[group.first.recipe]
     ]
     to_full = "to full: predicted, measured"
     return [
-        ("setting", group.label),
-        ("arguments", group.first.words),
+        ("setting", group.id),
+        ("arguments", group.arguments),
         ("steps", f"{group.steps:,}"),
         ("batch", str(group.first.settings.get("batch_size", ""))),
-        ("products", str(group.first.settings.get("matmul_precision", ""))),
         ("seeds", str(len(group.runs))),
         *scores,
         ("trained parameters", number(group.parameters, 0)),
@@ -65,7 +68,7 @@ def ratios(found: Amount) -> str:
 
 def csv_table(study: Study) -> str:
     """Return one row for each setting of every recipe, in plain numbers; bytes are bytes."""
-    scores = [score.name for recipe in SCORES.values() for score in recipe]
+    scores = [score.label for recipe in SCORES.values() for score in recipe]
     columns = ["recipe", "setting", "method", "arguments", "steps"]
     columns += ["batch size", "matmul precision", "seeds"]
     columns += [f"{name}{end}" for name in scores for end in ("", " low", " high", " seeds")]
@@ -83,7 +86,7 @@ def csv_table(study: Study) -> str:
                 "recipe": recipe,
                 "setting": group.id,
                 "method": group.first.method,
-                "arguments": group.first.words,
+                "arguments": group.arguments,
                 "steps": group.steps,
                 "batch size": group.first.settings.get("batch_size", ""),
                 "matmul precision": group.first.settings.get("matmul_precision", ""),
@@ -92,9 +95,9 @@ def csv_table(study: Study) -> str:
                 "share": group.share,
             }
             for score, found in group.scores():
-                row |= {score.name: found.value, f"{score.name} seeds": found.count}
+                row |= {score.label: found.value, f"{score.label} seeds": found.count}
                 if not found.is_single:
-                    row |= {f"{score.name} low": found.low, f"{score.name} high": found.high}
+                    row |= {f"{score.label} low": found.low, f"{score.label} high": found.high}
             amounts = {"optimizer state bytes": group.state, "checkpoint bytes": group.file}
             if full is not None:
                 amounts["optimizer state ratio to full"] = group.state / full.state
