@@ -142,8 +142,8 @@ def names_of(study: Study) -> Iterator[str]:
     settings = {group.id for group in study.groups("sst2")}
     if any(name.startswith("short-") or name.endswith("-long") for name in settings):
         yield (
-            "`short-` and `-long`: fewer and more steps of training. Such a run is no part of "
-            "another: its learning rate falls to 0 by its own last step."
+            "`short-`, `-long` and `-longer`: fewer or more steps of training. Such a run is no "
+            "part of another: its learning rate falls to 0 by its own last step."
         )
 
 
@@ -176,10 +176,13 @@ def how_good(study: Study) -> Iterator[str]:
     )
     if best := best_run(study):
         run, value, among = best
+        flattered = (
+            f" It is the best of {among} with as many steps, and the best of several flatters "
+            "itself."
+        )
         yield (
             f"The best run of the LoRA family is {run.setting} with seed {run.seed}: "
-            f"{percent(value, 2)}. It is the best of {among} with as many steps, and the best of "
-            "several flatters itself."
+            f"{percent(value, 2)}.{flattered if among > 1 else ''}"
         )
     mean = float(np.mean(lora.values(ACCURACY)))
     low, high = binomial(mean, answered)

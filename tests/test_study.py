@@ -565,7 +565,7 @@ def test_every_method_that_is_used_is_explained(made):
 def test_the_best_run_is_the_best_of_those_with_as_many_steps(made):
     longer = [{**row, "step": 3} for row in rows("lora", 0.95)[3:]]
     text = made(more=[run_of("sst2", "lora", setting="lora-8-long", measurements=longer)])
-    assert "lora-8-long with seed 0: 95.00 %. It is the best of 1 with as many steps" in text
+    assert "lora-8-long with seed 0: 95.00 %.\n" in text
     assert "lora-8 with seed 2: 90.00 %. It is the best of 3 with as many steps" in made()
 
 
