@@ -64,9 +64,10 @@ def invoked(*program: str) -> str:
 
 
 def _without_folder(word: str) -> str:
-    named = ("", "", word) if Path(word).is_absolute() else word.rpartition("=")
-    option, equals, value = named  # --out=FOLDER, or name=FOLDER
-    return option + equals + (Path(value).name if Path(value).is_absolute() else value)
+    if Path(word).is_absolute():
+        return Path(word).name
+    option, is_folder, folder = word.partition("=/")  # --out=FOLDER, or name=FOLDER
+    return f"{option}={Path(folder).name}" if is_folder else word
 
 
 def writers() -> dict[str, str | None]:

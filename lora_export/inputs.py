@@ -49,26 +49,17 @@ def read_texts(path: Path | None) -> tuple[list[str], list[int]]:
     if path is None:
         text = _shipped("sentences.txt")
         return [line for line in text.splitlines() if line.strip()], []
-    (file,) = files([path])
-    try:
-        text = file.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read {file}: {why}") from error
-    texts, labels = _parse(text, file) if file.suffix == ".tsv" else (text.splitlines(), [])
-    texts = [line.strip() for line in texts]
-    if not all(texts) or not texts:
-        raise InputError(f"{file} holds no sentences, or an empty one")
-    return texts, labels
+    texts, labels = _read(*files([path]))
+    return [text.strip() for text in texts], labels
 
 
 def read_labelled(path: Path) -> tuple[list[str], list[int]]:
-    """Return sentences and their labels (class indices) of a `.tsv` file to train on or score by.
+    """Return sentences, as they stand there, and labels (class indices) of a `.tsv` file.
 
     Raises:
         InputError: as `read_texts`, or there are no labels.
     """
-    texts, labels = read_texts(path)
+    texts, labels = _read(path)
     if not labels:
         raise InputError(f"{path} needs a header with a column 'label'")
     return texts, labels
@@ -117,9 +108,26 @@ def summary(batches: Sequence[Batch]) -> str:
     return " and ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
+def _read(file: Path) -> tuple[list[str], list[int]]:
+    try:
+        content = file.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {file}: {why}") from error
+    if file.suffix == ".tsv":
+        texts, labels = _parse(content, file)
+    else:  # not splitlines, which cuts at U+2028 and others as well
+        texts, labels = content.removesuffix("\n").split("\n"), []
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{file} holds no sentences")
+    if empty := [number for number, text in enumerate(texts, start=1) if not text.strip()]:
+        raise InputError(f"{file}: sentence {empty[0]} of {len(texts)} is empty")
+    return texts, labels
+
+
 def _parse(text: str, file: Path) -> tuple[list[str], list[int]]:
     try:
-        lines = io.StringIO(text, newline="")  # not splitlines, which cuts at U+2028 and others
+        lines = io.StringIO(text, newline="")
         reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         names, rows = reader.fieldnames or (), list(reader)
     except csv.Error as error:
@@ -127,14 +135,19 @@ def _parse(text: str, file: Path) -> tuple[list[str], list[int]]:
     column = next((name for name in ("sentence", "text") if name in names), None)
     if column is None:
         raise InputError(f"{file} needs a header with a column 'sentence' or 'text'")
-    if any(row[column] is None for row in rows):
-        raise InputError(f"{file} has a row without a {column}")
-    if "label" not in names:
-        return [row[column] for row in rows], []
-    try:
-        return [row[column] for row in rows], [int(row["label"]) for row in rows]
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{file}: labels are class indices; {error}") from error
+    labels = []
+    for number, row in enumerate(rows, start=1):
+        if row[column] is None:
+            raise InputError(f"{file}: row {number} has no {column}")
+        if "label" in names:
+            try:
+                labels.append(int(row["label"]))
+            except (TypeError, ValueError) as error:
+                label = row["label"] or "none"
+                raise InputError(
+                    f"{file}: labels are class indices; that of row {number} is {label}"
+                ) from error
+    return [row[column] for row in rows], labels
 
 
 def text_batches(

@@ -491,6 +491,7 @@ def write_sst2(folder: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "dev"):
         texts = list(zip(*inputs.read_labelled(folder / f"{split}.tsv"), strict=True))
+        texts = [(text.strip(), label) for text, label in texts]
         lines = [json.dumps(one) for text, label in texts for one in tasks(text, bool(label))]
         (out / f"{split}.txt").write_text("".join(f"{text}\n" for text, _ in texts), "utf-8")
         (out / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")

@@ -70,7 +70,7 @@ MATRIX = (
     # Each of these differs from short-lora-8 in one thing alone, beside its learning rate.
     Setting("short-lora-8", "sst2", "lora", "--rank 8 --lr 2e-3", full=1, short=True),
     Setting("short-full", "sst2", "full", "--lr 1e-4", full=1, short=True),
-    Setting("head", "sst2", "head", "--lr 1e-2", quick=1, full=1, short=True),
+    Setting("head", "sst2", "head", "--lr 1e-2", quick=1, full=1, tiny=1, short=True),
     Setting("bitfit", "sst2", "bitfit", "--lr 2e-3", quick=1, full=1, short=True),
     Setting("lora-1", "sst2", "lora", "--rank 1 --alpha 2 --lr 2e-3", quick=1, full=1, short=True),
     Setting("lora-4", "sst2", "lora", "--rank 4 --alpha 8 --lr 2e-3", full=1, short=True),
@@ -154,14 +154,13 @@ MARKS = {
     "proof": "certificate.json",
 }
 DATA = ("train.tsv", "dev.tsv")
-# Name and subject of what is drawn over the steps.
-CURVES = (
-    ("loss", "train"),
-    ("accuracy", "dev"),
-    ("perplexity", "dev"),
-    ("exact match", "dev, verdict"),
-    ("ROUGE-L", "dev, description"),
-)
+CURVES = {  # name and subject of what is drawn over the steps, by what it is called
+    "loss": ("loss", "train"),
+    "accuracy": ("accuracy", "dev"),
+    "perplexity": ("perplexity", "dev"),
+    "exact match (verdict)": ("exact match", "dev, verdict"),
+    "ROUGE-L (description)": ("ROUGE-L", "dev, description"),
+}
 MOST_POINTS = 60  # of a curve
 POLL = 0.2  # seconds between two looks at what is running
 PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C
@@ -659,8 +658,8 @@ def rows_of(job: Job) -> list[dict[str, Any]]:
 def curves_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """Return what is drawn over the steps, by name: [step, value]; each point a mean of several."""
     found: dict[str, list[tuple[int, float]]] = {}
-    for name, subject in CURVES:
-        drawn = (r for r in rows if (r["name"], r["subject"]) == (name, subject))
+    for name, measured in CURVES.items():
+        drawn = (r for r in rows if (r["name"], r["subject"]) == measured)
         points = sorted({r["step"]: r["value"] for r in drawn}.items())  # one of them can be twice
         width = -(-len(points) // MOST_POINTS) or 1
         parts = [points[start : start + width] for start in range(0, len(points), width)]

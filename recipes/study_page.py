@@ -36,14 +36,19 @@ LORA = "lora-8"  # the setting that is held against full fine-tuning
 FAMILY = ("lora", "rslora", "dora", "qlora")
 TRAINS = {
     "full": "every parameter",
-    "lora": "two thin matrices beside each linear layer, and the head, which is the small new "
-    "layer that gives the answer; the number is the rank, the width of the matrices, and with "
-    "`-qv` only query and value layers get them",
-    "rslora": "the same, scaled by alpha over the root of the rank, not by alpha over the rank",
-    "dora": "the same, and the length of each row of a weight matrix",
-    "qlora": "the same over weights that are stored in 4 bits (NF4), on which it is measured here",
+    "lora": "two thin matrices beside each linear layer, and the head; the number is the rank, the "
+    "width of the matrices, and with `-qv` only query and value layers get them",
+    "rslora": "what LoRA does, scaled by alpha over the root of the rank, not by alpha over the "
+    "rank",
+    "dora": "what LoRA does, and the length of each row of a weight matrix",
+    "qlora": "what LoRA does, over weights that are stored in 4 bits (NF4), on which it is "
+    "measured here",
     "bitfit": "the biases and the head",
     "head": "the head alone",
+}
+EXPLAINED = {
+    "reference": " (the unmerged model computed in float64)",
+    "idle": " (with its adapter off, which is guessing)",
 }
 
 
@@ -81,7 +86,7 @@ def sections_of(study: Study, plots: Sequence[Plot], tables: Sequence[Table]) ->
         section("Not reached, not run", () if missing else (nothing,), items=missing),
         section("How it was made", how_it_was_made(study)),
     ]
-    return [s for s in sections if s.paragraphs or s.items]
+    return [s for s in sections if s.paragraphs or s.items or s.plots]
 
 
 def introduction(study: Study) -> Iterator[str]:
@@ -91,8 +96,8 @@ def introduction(study: Study) -> Iterator[str]:
         f"A trained model ({study.about['base']}) is taught to tell whether a sentence of a film "
         "review is positive or negative (the data set SST-2). Full fine-tuning changes every "
         "parameter of it. LoRA leaves them as they are and trains two thin matrices beside each "
-        "weight matrix, and the layer that gives the answer. These are the adapter; merged into "
-        "the weights, it leaves a model of the same form as without LoRA."
+        "weight matrix, and the head, the small new layer that gives the answer. These are the "
+        "adapter; merged into the weights, it leaves a model of the same form as without LoRA."
     )
     yield (
         f"{done} of {len(study.runs)} planned runs are finished (preset {study.about['preset']}). "
@@ -139,11 +144,10 @@ def names_of(study: Study) -> Iterator[str]:
     for method in METHODS:
         if method in used:
             yield f"`{method}` trains {TRAINS[method]}."
-    settings = {group.id for group in study.groups("sst2")}
-    if any(name.startswith("short-") or name.endswith("-long") for name in settings):
+    if len(study.budgets()) > 1:
         yield (
-            "`short-`, `-long` and `-longer`: fewer or more steps of training. Such a run is no "
-            "part of another: its learning rate falls to 0 by its own last step."
+            "`short-`, `-long`, `-longer`: fewer or more steps of training. Such a run is no part "
+            "of another: its learning rate falls to 0 by its own last step."
         )
 
 
@@ -177,12 +181,12 @@ def how_good(study: Study) -> Iterator[str]:
     if best := best_run(study):
         run, value, among = best
         flattered = (
-            f" It is the best of {among} with as many steps, and the best of several flatters "
-            "itself."
+            f" It is the best of {len(among)} runs, {sum(r.steps == run.steps for r in among)} of "
+            "them with as many steps, and the best of several flatters itself."
         )
         yield (
             f"The best run of the LoRA family is {run.setting} with seed {run.seed}: "
-            f"{percent(value, 2)}.{flattered if among > 1 else ''}"
+            f"{percent(value, 2)}.{flattered if len(among) > 1 else ''}"
         )
     mean = float(np.mean(lora.values(ACCURACY)))
     low, high = binomial(mean, answered)
@@ -229,14 +233,14 @@ def meaning(gap: Estimate) -> str:
     return f"{sign} {aim} {sure}."
 
 
-def best_run(study: Study) -> tuple[Run, float, int] | None:
-    """Return the most accurate run of the LoRA family, its accuracy, and of how many it is."""
+def best_run(study: Study) -> tuple[Run, float, list[Run]] | None:
+    """Return the most accurate run of the LoRA family, its accuracy, and all runs of the family."""
     runs = [r for r in study.runs if r.recipe == "sst2" and r.method in FAMILY]
     known = [(value, run) for run in runs if (value := run.get("accuracy", "dev")) is not None]
     if not known:
         return None
     value, run = max(known, key=lambda pair: pair[0])
-    return run, value, sum(other.steps == run.steps for _, other in known)
+    return run, value, [run for _, run in known]
 
 
 def how_they_learn(study: Study) -> Iterator[str]:
@@ -400,11 +404,11 @@ def what_merging_does(study: Study) -> Iterator[str]:
         )
     accuracies = [m for m in proof.measurements if m["name"] == "accuracy"]
     if accuracies:
-        shares = [f"{one['subject']} {percent(one['value'], 2)}" for one in accuracies]
-        yield (
-            f"Accuracy on the dev sentences: {'; '.join(shares)}. The reference is the unmerged "
-            "model computed in float64; idle is the model with its adapter off, which guesses."
-        )
+        shares = [
+            f"{one['subject']} {percent(one['value'], 2)}{EXPLAINED.get(one['subject'], '')}"
+            for one in accuracies
+        ]
+        yield f"Accuracy on the dev sentences: {'; '.join(shares)}."
     passed = sum(v["status"] == "pass" for v in proof.verdicts)
     bad = [
         f"{v['check']} of {v['subject']}: {v['status']}"

@@ -37,19 +37,18 @@ MB = 1e6
 PLOTS = re.compile(r"(learning|parameters)-\d+|cost|latency|generation")  # names of plots
 FEW = 20  # points of a line, up to which each is marked
 CAPTIONS = {
-    "learning": "Above: the loss on the sentences of each step, averaged over some steps in a row; "
+    "learning": "Training loss: on the sentences of each step, averaged over some steps in a row; "
     "lower is better. Runs of one seed meet the same sentences in the same order, so their lines "
-    "jump together. Below: accuracy on the dev sentences, on an axis that does not begin at 0. "
+    "jump together. Accuracy: on the dev sentences, and its axis does not begin at 0. "
     "Drawn is the first setting of each method; a line is the mean over its seeds, a band spans "
     "them. Where a second pass over the same sentences begins the loss falls; that is no proof of "
-    "better answers, the lower panel is.",
+    "better answers, accuracy is.",
     "parameters": "Accuracy over the number of parameters that a setting trains: up is better, "
     "left is smaller, and from one grid line to the next it is ten times as many. The colour is "
     "the method, the shape tells its settings apart. A bar is the 95 % interval over the seeds; a "
     "hollow marker is a single run, which has none.",
-    "cost": "Less is better everywhere. Above: by how much a process grows. Middle: the part of it "
-    "that the optimizer keeps. Below: the time of a step, full fine-tuning being 1, with its 95 % "
-    "interval.",
+    "cost": "Less is better everywhere. The optimizer state is a part of what a process grows by; "
+    "the time of a step has its 95 % interval.",
     "latency": "Median time for one batch, for each batch size; less is better. Unmerged, each "
     "layer computes the adapter's matrices as well.",
     "generation": "Each dot is an evaluation. Perplexity: lower is better; the others: higher is "
@@ -122,8 +121,8 @@ def generation(study: Study) -> Figure | None:
     """Draw the curves of the settings that learn to answer."""
     panels = (
         ("perplexity", "perplexity", 1),
-        ("exact match", "verdicts right, %", 100),
-        ("ROUGE-L", "ROUGE-L, descriptions, %", 100),
+        ("exact match (verdict)", "verdicts right, %", 100),
+        ("ROUGE-L (description)", "ROUGE-L, descriptions, %", 100),
     )
     return curves(study, study.groups("causal_lm"), panels)
 
@@ -133,13 +132,16 @@ def curves(
 ) -> Figure | None:
     """Draw means over the seeds as lines, and the range of the seeds as bands."""
     known = [g for g in groups if any(run.id in study.curves for run in g.runs)]
-    if not known:
+    drawn_of = {run.id: study.curves.get(run.id, {}) for group in known for run in group.runs}
+    panels = [panel for panel in panels if any(panel[0] in found for found in drawn_of.values())]
+    if not panels:
         return None
     figure = Figure(figsize=(WIDTH, 1.2 + 2.2 * len(panels)), layout="constrained")
-    stacked = figure.subplots(len(panels), sharex=True)
+    stacked = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    legend: dict[str, Any] = {}
     for axes, (name, label, factor) in zip(stacked, panels, strict=True):
         for group in known:
-            drawn = (study.curves.get(run.id, {}).get(name, []) for run in group.runs)
+            drawn = (drawn_of[run.id].get(name, []) for run in group.runs)
             lines = [{int(step): value for step, value in points} for points in drawn if points]
             steps = sorted(set.intersection(*map(set, lines))) if lines else []
             if not steps:
@@ -147,15 +149,14 @@ def curves(
             values = factor * np.array([[line[step] for step in steps] for line in lines])
             colour = COLOURS[group.first.method]
             marker = "o" if len(steps) < FEW else None
-            axes.plot(
-                steps, values.mean(0), color=colour, label=group.id, lw=1.4, marker=marker, ms=3
+            (legend[group.id],) = axes.plot(
+                steps, values.mean(0), color=colour, lw=1.4, marker=marker, ms=3
             )
             if len(lines) > 1:
                 axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.25)
         axes.set(ylabel=label)
     axes.set(xlabel="step")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend([*legend.values()], [*legend], loc="outside lower center", ncols=4)
     return figure
 
 
@@ -199,7 +200,7 @@ def costs(study: Study) -> Figure | None:
     for axes, (label, values) in zip(
         figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True
     ):
-        names = [name for name in COLOURS if name in values][::-1]
+        names = list(values)[::-1]
         texts = [significant(values[name]) for name in names]
         error = None
         if label.startswith("step"):

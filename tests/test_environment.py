@@ -133,6 +133,8 @@ def test_where_the_system_does_not_tell_the_peak_stands_for_what_is_resident(mon
         ("reviews=/home/me/reviews.tsv", "reviews=reviews.tsv"),
         ("--task=reviews=/home/me/reviews.tsv", "--task=reviews=reviews.tsv"),
         ("/home/me/rank=8/adapter", "adapter"),
+        ("--out=/home/me/rank=8/run", "--out=run"),
+        ("reviews=/home/me/x=/y", "reviews=y"),
         ("--lr=1e-3", "--lr=1e-3"),
         ("two words", "'two words'"),
     ],

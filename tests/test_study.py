@@ -551,7 +551,8 @@ def test_single_runs_are_said_to_be(made):
 
 
 def test_every_method_that_is_used_is_explained(made):
-    more = [run_of("sst2", "bitfit", setting="short-bitfit", measurements=rows("head", 0.7)[3:])]
+    found = [{**row, "step": 1} for row in rows("head", 0.7)[3:]]
+    more = [run_of("sst2", "bitfit", setting="short-bitfit", measurements=found)]
     names = made(more=more).partition("## What the names mean")[2].partition("##")[0]
     assert re.findall(r"^- `([a-z-]+)`", names, re.MULTILINE) == [
         "full",
@@ -565,8 +566,9 @@ def test_every_method_that_is_used_is_explained(made):
 def test_the_best_run_is_the_best_of_those_with_as_many_steps(made):
     longer = [{**row, "step": 3} for row in rows("lora", 0.95)[3:]]
     text = made(more=[run_of("sst2", "lora", setting="lora-8-long", measurements=longer)])
-    assert "lora-8-long with seed 0: 95.00 %.\n" in text
-    assert "lora-8 with seed 2: 90.00 %. It is the best of 3 with as many steps" in made()
+    assert "lora-8-long with seed 0: 95.00 %. It is the best of 4 runs, 1 of them with" in text
+    assert "lora-8 with seed 2: 90.00 %. It is the best of 3 runs, 3 of them with as many" in made()
+    assert "lora-8 with seed 0: 88.00 %.\n" in made(lora=(0.88,))
 
 
 def test_single_runs_of_several_settings_are_not_ranked(made):
@@ -664,7 +666,40 @@ def test_half_a_study_has_whole_sentences_and_its_plots(made, tmp_path):
     text = made(full=(), more=[run_of("cost", "full", measurements=grown)], drawn=True)
     assert "Full fine-tuning 671 MB. The model itself is in all" in text
     assert {path.stem for path in tmp_path.glob("*.svg")} == {"learning-2", "cost"}
+    assert set(re.findall(r"\((.+)\.svg\)", text)) == {"learning-2", "cost"}
     assert not re.search(r"[;:,(]\s*[.;)]", text.partition("## All settings")[0])
+
+
+def test_every_plot_stands_on_the_page(made, tmp_path):
+    more = [run_of("sst2", m, measurements=rows("head", 0.7)[3:]) for m in ("head", "bitfit")]
+    text = made(full=(), more=more, drawn=True)
+    plots = {path.stem for path in tmp_path.glob("*.svg")}
+    assert plots == {"learning-2", "parameters-2"}
+    assert set(re.findall(r"\((.+)\.svg\)", text)) == plots
+
+
+def test_what_is_written_is_drawn_by_task(made, tmp_path, page):
+    found = {"name": "perplexity", "subject": "dev", "value": 2.0, "samples": 9}
+    measured = [*rows("lora", 0.5)[4:], found]
+    more = [
+        run_of("causal_lm", "lora", setting="answers-lora-8", id="a", measurements=measured),
+        run_of("causal_lm", "full", setting="answers-full", id="b", measurements=measured),
+    ]
+    made(more=more, drawn=True)
+
+    def labels(**curves):
+        (tmp_path / "curves.json").write_text(json.dumps(curves))
+        page.write(tmp_path)
+        return {*re.findall(">([^<]+)</text>", (tmp_path / "generation.svg").read_text())}
+
+    old = labels(a={"perplexity": [[1, 3.0]], "ROUGE-L": [[1, 0.5]]})
+    assert "perplexity" in old
+    assert not {"ROUGE-L, descriptions, %", "verdicts right, %"} & old
+    both = labels(
+        a={"perplexity": [[1, 3.0]], "ROUGE-L (description)": [[1, 0.5]]},
+        b={"perplexity": [[1, 2.0]]},
+    )
+    assert {"answers-lora-8", "answers-full", "ROUGE-L, descriptions, %"} <= both
 
 
 def test_only_plots_of_ours_are_deleted(made, tmp_path):
@@ -779,13 +814,14 @@ def test_the_proof_is_told_with_what_is_no_pass(made, tmp_path):
         }
         for name, value in (("unmerged", 20.0), ("merged", 26.0), ("onnx", 10.0))
     ]
-    latency.append({"name": "accuracy", "subject": "merged", "value": 0.9})
+    for subject, value in (("merged", 0.9), ("idle", 0.5)):
+        latency.append({"name": "accuracy", "subject": subject, "value": value})
     proof = run_of("proof", "lora", measurements=latency, verdicts=[verdict | v for v in verdicts])
     text = made(more=[proof], drawn=True)
     assert "onnx, batch 1 0.50 (pass); merged, batch 1 1.30 (fail)" in text
     assert "- Answering one sentence, the unmerged model's time being 1: onnx 0.50, merged" in text
     assert "onnx: pass, 872 of 872 decisions agree." in text
-    assert "Accuracy on the dev sentences: merged 90.00 %. The reference is" in text
+    assert "Accuracy on the dev sentences: merged 90.00 %; idle 50.00 % (with its adapter" in text
     assert (
         "2 of 3 verdicts of `lora-export run` on it are a pass; no pass: latency of merged" in text
     )
