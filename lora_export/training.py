@@ -49,6 +49,8 @@ except ImportError as error:
 
 _TOLD_EVERY = 20  # steps
 IGNORED = -100  # a label that nothing is learned from
+# Of what `about` returns: what has to be the same for a training to go on, or to be this one.
+IDENTITY = ("method", "base", "base_sha256", "data_sha256", "options")
 CHECKPOINT = "checkpoint"  # in the folder of a run, like the next two
 BEST = "best.safetensors"
 PROGRESS = "progress.json"

@@ -154,11 +154,10 @@ def train(args: argparse.Namespace) -> None:
         texts = written(model, tokenizer, [one.prompt for one in asked], args.max_new_tokens)
         return [scoring.perplexity(nats, tokens), *scored(asked, texts)]
 
-    identity = ("method", "base", "base_sha256", "data_sha256", "options")
     history = training.fit(
         model, [(one.ids, one.labels) for one in items], settings,
         pad=pad, evaluate=evaluate, folder=args.out, resume=args.resume,
-        identity={name: description[name] for name in identity},
+        identity={name: description[name] for name in training.IDENTITY},
     )  # fmt: skip
     if training.is_main_process():
         about = {"base": BaseRef(id=base.id), "training": description}
@@ -490,8 +489,8 @@ def write_sst2(folder: Path, out: Path) -> None:
     """Write SST-2 as plain text and as instructions of two tasks."""
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "dev"):
-        texts = list(zip(*inputs.read_labelled(folder / f"{split}.tsv"), strict=True))
-        texts = [(text.strip(), label) for text, label in texts]
+        labelled = zip(*inputs.read_labelled(folder / f"{split}.tsv"), strict=True)
+        texts = [(text.strip(), label) for text, label in labelled]
         lines = [json.dumps(one) for text, label in texts for one in tasks(text, bool(label))]
         (out / f"{split}.txt").write_text("".join(f"{text}\n" for text, _ in texts), "utf-8")
         (out / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")

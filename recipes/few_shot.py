@@ -150,7 +150,7 @@ def is_finished(folder: Path, description: Mapping[str, Any]) -> bool:
         return False
     kept = storage.read_json(folder / "run.json")
     now = json.loads(json.dumps(description))
-    for name in (*sst2.IDENTITY, "settings"):
+    for name in (*training.IDENTITY, "settings"):
         if kept.get(name) != now[name]:
             raise InputError(
                 f"{folder} was written with other settings: {name} was {kept.get(name)!r} "
@@ -181,7 +181,7 @@ def train(
         model, examples, cell.settings,
         pad=pad, evaluate=sst2.evaluation(sst2.encode(tokenizer, *dev, args.max_length), pad),
         folder=cell.folder, resume=(cell.folder / training.CHECKPOINT).is_dir(),
-        identity={name: description[name] for name in sst2.IDENTITY},
+        identity={name: description[name] for name in training.IDENTITY},
     )  # fmt: skip
     if training.is_main_process():
         trained = trainable_parameters(model).trainable

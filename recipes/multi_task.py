@@ -244,7 +244,7 @@ def train(
         model, examples, settings,
         pad=pad, evaluate=sst2.evaluation(dev, pad), folder=folder,
         resume=args.resume and (folder / training.CHECKPOINT).is_dir(),
-        identity={name: description[name] for name in sst2.IDENTITY},
+        identity={name: description[name] for name in training.IDENTITY},
     )  # fmt: skip
     if training.is_main_process():
         known = {"base": base, "labels": task.labels, "task_type": "SEQ_CLS"}

@@ -45,8 +45,6 @@ from lora_export import (
 from lora_export.injection import extract, trainable_parameters
 from lora_export.records import Measurement
 
-# What must be the same for a training to go on, or to be taken as this one.
-IDENTITY = ("method", "base", "base_sha256", "data_sha256", "options")
 LABELS = ("negative", "positive")
 METHODS = (*methods.METHODS, "qlora")
 
@@ -105,7 +103,7 @@ def main() -> None:
         model, train, settings,
         pad=tokenizer.pad_token_id, evaluate=evaluation(dev, tokenizer.pad_token_id),
         folder=args.out, resume=args.resume,
-        identity={name: description[name] for name in IDENTITY},
+        identity={name: description[name] for name in training.IDENTITY},
     )  # fmt: skip
     whole = model
     after: Sequence[Measurement] = ()

@@ -19,7 +19,6 @@ from study_results import (
     Run,
     Study,
     binomial,
-    mean_interval,
     number,
     percent,
     seeds,
@@ -112,10 +111,10 @@ def in_short(study: Study) -> Iterator[str]:
     """Say the most important in a line each; the sections below have what it rests on."""
     if found := compared(study):
         lora, full, gap = found
-        ours, theirs = (ACCURACY.shown(mean_interval(g.values(ACCURACY))) for g in (lora, full))
+        ours, theirs = (percent(float(np.mean(g.values(ACCURACY))), 2) for g in (lora, full))
         yield (
-            f"Accuracy: LoRA {number(ours.value, 2)} %, full fine-tuning {number(theirs.value, 2)} "
-            f"%; the difference is {(gap * 100).text(2, ' points')}."
+            f"Accuracy: LoRA {ours}, full fine-tuning {theirs}; the difference is "
+            f"{(gap * 100).text(2, ' points')}."
         )
         yield (
             f"Size: LoRA trains {share(lora)} of the parameters, its adapter has "
@@ -209,8 +208,7 @@ def how_good(study: Study) -> Iterator[str]:
 
 def accuracy_of(group: Group) -> str:
     """Return its mean accuracy over the seeds, in words."""
-    found = group.estimate(ACCURACY)
-    return ACCURACY.shown(found).text(2, " %") if found else "an unknown share"
+    return ACCURACY.shown(dict(group.scores())[ACCURACY]).text(ACCURACY.digits, ACCURACY.unit)
 
 
 def meaning(gap: Estimate) -> str:
